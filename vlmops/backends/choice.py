@@ -1,0 +1,184 @@
+"""Measured choice between backends, remembered in a versioned JSON file.
+
+The first call with a new key times the candidates on the real arguments: at most ``BUDGET_S`` seconds or
+``MAX_RUNS`` runs each. The plain-PyTorch candidate wins ties, so a choice is never slower than PyTorch beyond noise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmops.backends.cache_dir import cache_dir
+
+__all__ = ["decide", "forget", "measured", "tuning_enabled"]
+
+log = logging.getLogger("vlmops")
+
+FORMAT = 1
+MAX_RUNS = 3
+BUDGET_S = 0.05  # per key, over all candidates, beyond the first (warm) run of each
+TIE = 0.98  # a kernel must beat plain PyTorch by 2% to be chosen: below that it is noise
+
+_lock = threading.Lock()
+_table: dict[str, dict[str, Any]] | None = None
+_dirty = False
+
+
+def tuning_enabled() -> bool:
+    """False with ``VLMOPS_TUNING=off``: then a fixed order picks, the same on every run and rank."""
+    return os.environ.get("VLMOPS_TUNING", "on").lower() not in ("off", "0", "false")
+
+
+def _path() -> Path:
+    return cache_dir() / f"tuning-v{FORMAT}.json"
+
+
+@lru_cache(maxsize=1)
+def machine_key() -> str:
+    """What a measured choice depends on beside its own key: processor or GPU, threads, torch and vlmops versions."""
+    from vlmops.backends.machine import cpu_model
+    from vlmops.version import __version__
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
+    return "|".join((cpu_model(), device, f"torch-{torch.__version__}", f"vlmops-{__version__}"))
+
+
+def _section() -> str:
+    return f"{machine_key()}|threads-{torch.get_num_threads()}"
+
+
+def _load() -> dict[str, dict[str, Any]]:
+    global _table
+    if _table is None:
+        _table = _read()
+    return _table
+
+
+def _read() -> dict[str, dict[str, Any]]:
+    try:
+        data = json.loads(_path().read_text())
+        table = data["choices"] if data.get("format") == FORMAT else {}
+        if not all(isinstance(section, dict) for section in table.values()):
+            raise TypeError("a section is not a table")
+        return dict(table)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        log.warning("vlmops: tuning cache %s cannot be read (%s); it will be rebuilt", _path(), err)
+        return {}
+
+
+def save() -> None:
+    """Write new choices to the cache file, merged with what other processes wrote; a read-only folder is no error."""
+    global _dirty
+    with _lock:
+        if not _dirty or _table is None:
+            return
+        _dirty = False
+        merged = _read()
+        for section, rows in _table.items():
+            merged.setdefault(section, {}).update(rows)
+        with contextlib.suppress(OSError):
+            _path().parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=_path().parent, prefix=".tuning-")
+            with os.fdopen(handle, "w") as out:
+                json.dump({"format": FORMAT, "choices": merged}, out, indent=1, sort_keys=True)
+            os.replace(name, _path())
+
+
+atexit.register(save)
+
+
+def measured() -> dict[str, Any]:
+    """This machine's remembered choices: key -> {"choice": name, "ms": {name: median}}."""
+    with _lock:
+        return dict(_load().get(_section(), {}))
+
+
+def forget() -> None:
+    """Drop the in-memory table (tests, or after the cache folder was moved)."""
+    global _table, _dirty
+    with _lock:
+        _table, _dirty = None, False
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _measure(candidates: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Interleaved best-of times in seconds. A candidate that raises is left out (and said once)."""
+    best: dict[str, float] = {}
+    alive = dict(candidates)
+    with torch.no_grad():
+        for name in list(alive):  # first run: builds, packs, warms the caches; not counted
+            try:
+                alive[name]()
+            except Exception as err:  # a broken candidate must not break the user's call
+                log.warning("vlmops: backend %s failed while being measured: %s", name, err)
+                del alive[name]
+        spent = 0.0
+        for _ in range(MAX_RUNS):
+            for name, run in alive.items():
+                took = _timed(run, device)
+                best[name] = min(took, best.get(name, took))
+                spent += took
+            if spent > BUDGET_S:
+                break
+    return best
+
+
+def decide(op: str, key: str, candidates: Mapping[str, Callable[[], Any]], order: Iterable[str], device: torch.device) -> str:
+    """Name of the candidate to use for this key: remembered, else measured now, else the first of ``order``.
+
+    Args:
+        op: operation name.
+        key: everything its speed depends on (dtype, heads, head_dim, bucketed lengths, options).
+        candidates: name -> a call without arguments that runs the op on the real arguments, no side effects.
+        order: fixed preference, used when tuning is off or nothing could be measured.
+        device: where the tensors live.
+    """
+    global _dirty
+    order = [name for name in order if name in candidates]
+    if len(order) == 1 or not tuning_enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return order[0]
+    full = f"{op}:{device.type}:{key}"
+    with _lock:
+        row = _load().get(_section(), {}).get(full)
+    if isinstance(row, dict) and row.get("choice") in candidates:
+        return str(row["choice"])
+    times = _measure({name: candidates[name] for name in order}, device)
+    if not times:
+        return order[0]
+    choice = min(times, key=lambda name: times[name])
+    if choice != "torch" and "torch" in times and times[choice] > TIE * times["torch"]:
+        choice = "torch"
+    with _lock:
+        _load().setdefault(_section(), {})[full] = {
+            "choice": choice,
+            "ms": {name: round(t * 1e3, 4) for name, t in times.items()},
+        }
+        _dirty = True
+    return choice

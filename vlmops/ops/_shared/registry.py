@@ -1,0 +1,296 @@
+"""How an operation is registered and how its backend is picked. Written once, used by every op.
+
+An op is a folder with one module per backend. Each module has
+
+- ``forward(*args)``: the schema's arguments without the trailing ``backend``;
+- ``supports(*args) -> str | None`` (optional): why it cannot run these arguments, or None;
+- ``backward(grads, outputs, args, needs) -> list[Tensor | None]`` (optional): gradients of the op's
+  differentiable arguments, in their order, computed where ``needs`` says so. A module without one gets
+  the gradient of the ``torch`` module, and a ``torch`` or ``reference`` module without one is differentiated
+  by recomputation.
+
+``Op`` makes two dispatcher ops of it, ``vlmops::<name>`` and ``vlmops::<name>_backward``. The backend chosen at
+forward travels as the last argument, so a backward that runs later, elsewhere, sees the same one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmops import backends
+from vlmops.backends import choice
+
+__all__ = ["OPS", "Op"]
+
+LIB = torch.library.Library("vlmops", "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+#: Module of each backend. "torch" lives in composition.py: a submodule named torch would replace the package's own
+#: global ``torch`` the moment it is imported.
+MODULE = {"reference": "reference", "torch": "composition", "cpu": "cpu", "triton": "triton", "cuda": "cuda"}
+
+#: Preference where nothing is measured, by device type.
+ORDER = {"cpu": ("cpu", "triton", "cuda", "torch"), "cuda": ("triton", "cuda", "torch")}
+_AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
+
+
+def _bucket(n: int) -> int:
+    """Lengths are bucketed to a power of two (at least 16), so that near lengths share one measurement."""
+    return max(16, 1 << (n - 1).bit_length()) if n > 0 else 0
+
+
+class Op:
+    """One operation of ``vlmops.ops``.
+
+    Args:
+        package: the op's package, e.g. ``vlmops.ops.linear``; its last part is the op's name.
+        schema: arguments and returns, e.g. ``"(Tensor x, Tensor weight) -> Tensor"``, no defaults, without ``backend``.
+        differentiable: names of the arguments that get a gradient.
+        fake: shapes and dtypes of the outputs from the arguments (meta tensors); returns a tensor or a tuple.
+        autocast: names of the tensor arguments that autocast brings to its low precision.
+        saved_outputs: positions of the outputs that the backward needs (e.g. out and lse of an attention).
+        tiny: ``tiny(*args)`` is True where measuring would cost more than it can win (static order then).
+
+    The tuning key holds every option and every size; the first size of each tensor (rows, tokens) is bucketed.
+    """
+
+    def __init__(
+        self,
+        package: str,
+        schema: str,
+        *,
+        differentiable: Sequence[str],
+        fake: Callable[..., Any],
+        autocast: Sequence[str] = (),
+        saved_outputs: Sequence[int] = (),
+        tiny: Callable[..., bool] | None = None,
+    ) -> None:
+        self.package = package
+        self.name = package.rsplit(".", 1)[-1]
+        args, returns = schema.split("->")
+        self.schema = schema
+        parts = re.findall(r"([\w?\[\]]+) (\w+)", args)
+        self.arg_types = [kind for kind, _ in parts]
+        self.arg_names = [name for _, name in parts]
+        self.num_outputs = returns.count("Tensor")
+        self.diff = [self.arg_names.index(name) for name in differentiable]
+        self.cast = [self.arg_names.index(name) for name in autocast]
+        self.saved_outputs = tuple(saved_outputs)
+        self.fake = fake
+        self.tiny = tiny
+        self.backends = tuple(
+            name for name in backends.BACKENDS if importlib.util.find_spec(f"{package}.{MODULE[name]}") is not None
+        )
+        self._tensor_args = [i for i, kind in enumerate(self.arg_types) if kind.startswith("Tensor")]
+        self._modules: dict[str, ModuleType] = {}
+        self._memory: dict[Any, str] = {}
+        self._register(args.strip()[1:-1], returns.strip())
+        OPS[self.name] = self
+
+    # -- registration ------------------------------------------------------------------------------------------
+
+    def _register(self, args: str, returns: str) -> None:
+        name, back = self.name, f"{self.name}_backward"
+        LIB.define(f"{name}({args}, str backend) -> {returns}")
+        grads = ", ".join(f"Tensor? grad_{i}" for i in range(self.num_outputs))
+        outs = "".join(f", Tensor out_{i}" for i in self.saved_outputs)
+        rets = ", ".join(["Tensor"] * len(self.diff))
+        LIB.define(f"{back}({grads}{outs}, {args}, bool[] needs, str backend) -> ({rets})")
+        LIB.impl(name, self._forward, "CompositeExplicitAutograd")
+        LIB.impl(back, self._backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"vlmops::{name}", lambda *a: self.fake(*a[:-1]), lib=LIB)
+        torch.library.register_fake(f"vlmops::{back}", self._fake_backward, lib=LIB)
+        torch.library.register_autograd(
+            f"vlmops::{name}", self._autograd_backward, setup_context=self._setup_context, lib=LIB
+        )
+        if self.cast:
+            for device, key in _AUTOCAST_KEYS.items():
+                LIB.impl(name, self._autocast_kernel(device, key), key.name)
+        self.raw = getattr(torch.ops.vlmops, name).default
+        self.raw_backward = getattr(torch.ops.vlmops, back).default
+
+    def _forward(self, *args: Any) -> Any:
+        *rest, backend = args
+        if backend == "auto":  # a compiled graph: the choice could not be made while tracing
+            backend = self.resolve(rest)
+        return self.module(backend).forward(*rest)
+
+    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
+        *rest, needs, backend = args
+        n, m = self.num_outputs, len(self.saved_outputs)
+        grads, outs, inputs = rest[:n], rest[n : n + m], rest[n + m :]
+        if backend == "auto":
+            backend = self.resolve(inputs)
+        module = self.module(backend)
+        if not hasattr(module, "backward") and backend not in ("torch", "reference"):
+            module = self.module("torch")
+        if hasattr(module, "backward"):
+            result = module.backward(grads, outs, inputs, needs)
+        else:
+            result = self._recompute(module, grads, inputs, needs)
+        return tuple(
+            torch.zeros_like(inputs[i], memory_format=torch.contiguous_format) if need and grad is None
+            else grad.to(inputs[i].dtype).contiguous() if need and grad is not None
+            else grads_placeholder(grads)
+            for i, need, grad in zip(self.diff, needs, result, strict=True)
+        )
+
+    def _recompute(self, module: ModuleType, grads: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]):
+        """Gradients by running the module's forward again under autograd."""
+        inputs = list(inputs)
+        wanted = [i for i, need in zip(self.diff, needs, strict=True) if need]
+        with torch.enable_grad():
+            for i in wanted:
+                inputs[i] = inputs[i].detach().requires_grad_()
+            outputs = module.forward(*inputs)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+            ) if pairs else [None] * len(wanted)
+        by_arg = dict(zip(wanted, found, strict=True))
+        return [by_arg.get(i) for i in self.diff]
+
+    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        *rest, needs, _ = args
+        inputs = rest[self.num_outputs + len(self.saved_outputs) :]
+        return tuple(
+            torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if need
+            else grads_placeholder(rest[: self.num_outputs])
+            for i, need in zip(self.diff, needs, strict=True)
+        )
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = output if isinstance(output, tuple) else (output,)
+        tensors = [inputs[i] for i in self._tensor_args]
+        ctx.save_for_backward(*tensors, *(outputs[i] for i in self.saved_outputs))
+        ctx.plain = [None if i in self._tensor_args else value for i, value in enumerate(inputs)]
+        ctx.set_materialize_grads(False)
+
+    def _autograd_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        inputs = list(ctx.plain)
+        for i, tensor in zip(self._tensor_args, saved, strict=False):
+            inputs[i] = tensor
+        outs = saved[len(self._tensor_args) :]
+        needs = [bool(ctx.needs_input_grad[i]) and inputs[i] is not None for i in self.diff]
+        result: list[Tensor | None] = [None] * len(inputs)
+        if any(needs) and any(g is not None for g in grads):
+            found = self.raw_backward(*grads, *outs, *inputs[:-1], needs, inputs[-1])
+            found = found if isinstance(found, (tuple, list)) else (found,)
+            for i, need, grad in zip(self.diff, needs, found, strict=True):
+                result[i] = grad if need else None
+        return tuple(result)
+
+    def _autocast_kernel(self, device: str, key: Any) -> Callable[..., Any]:
+        exclude = torch._C.DispatchKeySet(key)
+
+        def kernel(*args: Any) -> Any:
+            cast = self.autocast_args(list(args), device)
+            with torch._C._ExcludeDispatchKeyGuard(exclude):
+                return self.raw(*cast)
+
+        return kernel
+
+    def autocast_args(self, args: list[Any], device: str) -> list[Any]:
+        """The arguments in autocast's low precision where autocast is on (float64 stays, as in torch's own ops)."""
+        dtype = torch.get_autocast_dtype(device)
+        for i in self.cast:
+            value = args[i]
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64):
+                args[i] = value.to(dtype)
+        return args
+
+    # -- choice ------------------------------------------------------------------------------------------------
+
+    def module(self, backend: str) -> ModuleType:
+        """The backend's module, imported at first use."""
+        found = self._modules.get(backend)
+        if found is None:
+            if backend not in self.backends:
+                have = ", ".join(self.backends)
+                raise backends.BackendError(f"{self.name} has no backend {backend!r}; it has {have}")
+            found = self._modules[backend] = importlib.import_module(f"{self.package}.{MODULE[backend]}")
+        return found
+
+    def why_not(self, backend: str, args: Sequence[Any]) -> str | None:
+        """Why this backend cannot run these arguments; None if it can."""
+        try:
+            module = self.module(backend)
+        except (ImportError, backends.BackendError) as err:
+            return str(err)
+        supports = getattr(module, "supports", None)
+        return supports(*args) if supports is not None else None
+
+    def resolve(self, args: Sequence[Any]) -> str:
+        """The backend for these arguments: forced, remembered, measured, or the first that can run."""
+        forced = backends.forced_backend()
+        if forced is not None:
+            reason = self.why_not(forced, args)
+            if reason is not None:
+                raise backends.BackendError(f"backend {forced!r} cannot run {self.name}: {reason}")
+            return forced
+        raw_key = self._raw_key(args)
+        found = self._memory.get(raw_key)
+        if found is None:
+            if len(self._memory) > 4096:
+                self._memory.clear()
+            found = self._memory[raw_key] = self._decide(args)
+        return found
+
+    def _raw_key(self, args: Sequence[Any]) -> Any:
+        return (torch.get_num_threads(), *[
+            (a.shape, a.dtype, a.device, a.stride()) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
+            for a in args
+        ])
+
+    def _decide(self, args: Sequence[Any]) -> str:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        order = [b for b in ORDER.get(device.type, ("torch",)) if b in self.backends and self.why_not(b, args) is None]
+        if not order:
+            return "torch"
+        if len(order) == 1 or (self.tiny is not None and self.tiny(*args)):
+            return order[0]
+        calls = {name: (lambda module=self.module(name): module.forward(*args)) for name in order}
+        return choice.decide(self.name, self._bucketed_key(args), calls, order, device)
+
+    def _bucketed_key(self, args: Sequence[Any]) -> str:
+        parts = []
+        for name, a in zip(self.arg_names, args, strict=True):
+            if isinstance(a, Tensor):
+                sizes = [str(_bucket(a.shape[0])), *map(str, a.shape[1:])] if a.dim() else []
+                dense = "" if a.is_contiguous() else "s"
+                parts.append(f"{name}={str(a.dtype)[6:]}[{','.join(sizes)}]{dense}")
+            elif isinstance(a, float):
+                parts.append(f"{name}={a:.4g}")
+            elif isinstance(a, int) and not isinstance(a, bool):
+                parts.append(f"{name}={a if a < 64 else _bucket(a)}")
+            elif a is not None and a is not False:
+                parts.append(f"{name}={a}")
+        return " ".join(parts)
+
+    # -- calls -------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op on checked arguments (everything but ``backend``)."""
+        if torch.compiler.is_compiling():
+            return self.raw(*args, "auto")
+        if self.cast:
+            device = args[self.cast[0]].device.type
+            if torch.is_autocast_enabled(device):
+                args = tuple(self.autocast_args(list(args), device))
+        return self.raw(*args, self.resolve(args))
+
+
+def grads_placeholder(grads: Sequence[Tensor | None]) -> Tensor:
+    """An empty tensor in the place of a gradient nobody asked for: a schema cannot return None."""
+    like = next(g for g in grads if g is not None)
+    return like.new_empty(0)
