@@ -1,0 +1,262 @@
+"""Compiling csrc/cpu with ninja: which instruction sets, which flags, which key. Knows no operation.
+
+A build is a folder ``<cache>/native/<key>`` that appears whole, by one rename, so a killed build leaves nothing that
+could be taken for one. The key covers everything the result depends on: sources, flags, compiler and torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["BuildError", "Plan", "build", "compiler", "csrc_dir", "plan", "targets"]
+
+log = logging.getLogger("vlmops")
+LIBRARY = "vlmops_cpu.so"
+KEEP_LINES = 20
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+#: Flags of every instruction set, by processor family. ``generic`` has none and is always there.
+ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": (*_AVX512, "-mavx512bf16")},
+    "aarch64": {"neon": ()},
+}
+
+
+class BuildError(RuntimeError):
+    """The native library cannot be built; the message says what is missing or what the compiler said."""
+
+
+def csrc_dir() -> Path:
+    """The C++ sources: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_csrc", package.parent / "csrc"):
+        if (folder / "cpu" / "bindings.cpp").is_file():
+            return folder
+    raise BuildError("the C++ sources (csrc/cpu) are not in this installation")
+
+
+@lru_cache(maxsize=1)
+def compiler() -> str:
+    """Path of the C++ compiler: $CXX, else c++, g++ or clang++ on the PATH."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++): install one, e.g. the Debian package g++")
+
+
+def ninja() -> str:
+    """Path of ninja: the PyPI package's executable, else the one on the PATH."""
+    with contextlib.suppress(ImportError):
+        from ninja import BIN_DIR
+
+        candidate = Path(BIN_DIR) / "ninja"
+        if candidate.exists():
+            return str(candidate)
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja not found: pip install ninja")
+    return found
+
+
+@lru_cache(maxsize=4)
+def compiler_version(cxx: str) -> str:
+    """First line of ``--version``."""
+    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+@lru_cache(maxsize=4)
+def targets(cxx: str) -> dict[str, tuple[str, ...]]:
+    """Instruction sets this compiler can target here: name -> flags, ``generic`` first."""
+    found: dict[str, tuple[str, ...]] = {"generic": ()}
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
+    for isa, flags in ISA_FLAGS.get(machine, {}).items():
+        probe = subprocess.run(
+            [cxx, *flags, "-x", "c++", "-c", "-", "-o", os.devnull], input="int f() { return 0; }", text=True, capture_output=True
+        )
+        if probe.returncode == 0:
+            found[isa] = flags
+    return found
+
+
+def sanitizers() -> str:
+    """``VLMOPS_NATIVE_SANITIZE``, e.g. "address,undefined"; empty for a normal build."""
+    return os.environ.get("VLMOPS_NATIVE_SANITIZE", "")
+
+
+@dataclass
+class Plan:
+    """One build: the compile commands as ninja will run them, and the key of the result."""
+
+    cxx: str
+    common: list[str]
+    isas: dict[str, tuple[str, ...]]
+    kernels: list[Path]
+    bindings: Path
+    include: list[str] = field(default_factory=list)
+    link: list[str] = field(default_factory=list)
+    key: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Commands ninja will run: a compile per kernel and set, the bindings, the link."""
+        return len(self.kernels) * len(self.isas) + 2
+
+
+def plan(csrc: Path | None = None, *, with_torch: bool = True) -> Plan:
+    """What to compile from ``csrc`` (default: the package's own) and the key that names the result."""
+    csrc = csrc or csrc_dir()
+    cxx = compiler()
+    isas = targets(cxx)
+    sanitize = sanitizers()
+    common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fopenmp", "-Wall"]
+    common += ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O3"]
+    common += [f"-DVLMOPS_HAVE_{isa}=1" for isa in isas if isa != "generic"]
+    include, link, version = [], ["-shared", "-fopenmp"], "no-torch"
+    if sanitize:
+        link.append(f"-fsanitize={sanitize}")
+    if with_torch:
+        import torch
+        from torch.utils import cpp_extension
+
+        include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+        include.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
+        libs = Path(torch.__file__).parent / "lib"
+        link += [f"-L{libs}", "-lc10", "-ltorch_cpu"]
+        version = torch.__version__
+    found = Plan(cxx, common, isas, sorted((csrc / "cpu" / "kernels").glob("*.cpp")), csrc / "cpu" / "bindings.cpp", include, link)
+    digest = hashlib.sha256()
+    for part in (compiler_version(cxx), version, platform.machine(), *common, *sum(map(list, isas.values()), []), *link[:2]):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(p for p in (csrc / "cpu").rglob("*") if p.suffix in (".h", ".cpp")):
+        digest.update(str(path.relative_to(csrc)).encode() + b"\0" + path.read_bytes() + b"\0")
+    found.key = digest.hexdigest()[:20]
+    return found
+
+
+def _quote(text: str) -> str:
+    """A path or flag as ninja syntax wants it."""
+    return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _words(words: list[str] | tuple[str, ...]) -> str:
+    # ninja hands the command to a shell: quote for it, then for ninja
+    import shlex
+
+    return " ".join(shlex.quote(w).replace("$", "$$") for w in words)
+
+
+def write_ninja(found: Plan, folder: Path) -> None:
+    """``build.ninja`` in ``folder``: objects and the library land there too."""
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {_words([found.cxx])}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in {_words(found.link)} -o $out",
+    ]
+    objects = []
+    for source in found.kernels:
+        for isa, flags in found.isas.items():
+            out = f"{source.stem}.{isa}.o"
+            objects.append(out)
+            lines += [f"build {out}: compile {_quote(str(source))}", f"  flags = {_words([*found.common, *flags, f'-DVLMOPS_ISA={isa}'])}"]
+    objects.append("bindings.o")
+    lines += [f"build bindings.o: compile {_quote(str(found.bindings))}", f"  flags = {_words([*found.common, *found.include])}"]
+    lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]
+    (folder / "build.ninja").write_text("\n".join(lines))
+
+
+@contextlib.contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """An exclusive lock between processes. The system drops it when its holder dies, so it cannot go stale."""
+    if sys.platform == "win32":  # no native build there
+        yield
+        return
+    import fcntl
+
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+
+def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None = None) -> Path:
+    """The built library, compiled now unless ``root/<key>`` has it.
+
+    Args:
+        found: what to build.
+        root: folder of all builds (created).
+        progress: called with (steps done, steps in all) while compiling.
+
+    Raises:
+        BuildError: the compiler failed; the message has its last lines and the log's path.
+        OSError: the folder cannot be written.
+    """
+    target = root / found.key
+    library = target / LIBRARY
+    if library.is_file():
+        return library
+    root.mkdir(parents=True, exist_ok=True)
+    with file_lock(root / f"{found.key}.lock"):
+        if library.is_file():  # another process built it while this one waited
+            return library
+        for stale in root.glob(f".{found.key}-*"):  # builds killed before the rename; the lock says nobody is at work
+            shutil.rmtree(stale, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{found.key}-", dir=root))
+        try:
+            write_ninja(found, work)
+            _run_ninja(work, root / f"{found.key}.log", progress)
+            for leftover in work.iterdir():
+                if leftover.name != LIBRARY:
+                    leftover.unlink()
+            if target.exists():  # a folder without a library: somebody's half-deleted cache
+                shutil.rmtree(target)
+            os.replace(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return library
+
+
+def _run_ninja(work: Path, log_path: Path, progress: Callable[[int, int], None] | None) -> None:
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    process = subprocess.Popen(
+        [ninja(), "-C", str(work), "-j", jobs, "-v"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
+    lines: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            step = re.match(r"\[(\d+)/(\d+)\]", line)
+            if step and progress is not None:
+                progress(int(step[1]), int(step[2]))
+        code = process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    log_path.write_text("".join(lines))
+    if code != 0:
+        tail = "".join([x for x in lines if not x.startswith("[")][-KEEP_LINES:]).rstrip()
+        raise BuildError(f"compiling the CPU kernels failed (log: {log_path}):\n{tail}")
