@@ -1,0 +1,50 @@
+# Every target sets itself up: `make demo` and `make test` on a fresh machine need Python and a C++ compiler only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test check bench tiny-model test-asan format clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: install the package python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet "torch>=2.10,<2.14"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## a VLM answers about a picture, stock and patched, timed stage by stage
+	$(BIN)/vlmops demo
+
+test: $(STAMP) ## all tests
+	$(BIN)/vlmops info --build >/dev/null
+	$(BIN)/python -m pytest -q -n 2 tests
+
+check: $(STAMP) ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy vlmops
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+format: $(STAMP) ## rewrite everything to the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: $(STAMP) ## every performance bar with its figure (quiet machine, please)
+	$(BIN)/vlmops bench
+
+tiny-model: $(STAMP) ## train the demo's embedded VLM again
+	$(BIN)/python scripts/train_tiny_model.py
+
+test-asan: $(STAMP) ## the op tests on a native build with AddressSanitizer and UBSan
+	VLMOPS_NATIVE_SANITIZE=address,undefined LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" tests/ops
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

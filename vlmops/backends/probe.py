@@ -1,0 +1,134 @@
+"""What this machine has: for `vlmops info`, bug reports, and the messages of forced backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmops.backends import build, native
+from vlmops.backends.cache_dir import cache_dir
+from vlmops.backends.machine import cpu_model
+
+__all__ = ["BackendInfo", "backends", "report"]
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One backend: whether it can run here, and what it is or what is missing."""
+
+    name: str
+    available: bool
+    detail: str
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _native_path() -> Path | None:
+    """The native library if it is already there; nothing is built."""
+    ready = native.ahead_of_time()
+    if ready is not None:
+        return ready
+    try:
+        path = cache_dir() / "native" / build.plan().key / build.LIBRARY
+    except (build.BuildError, OSError):
+        return None
+    return path if path.is_file() else None
+
+
+def _cpu(build_now: bool) -> BackendInfo:
+    if build_now or _native_path() is not None:
+        if native.load():
+            return BackendInfo("cpu", True, f"native library loaded, instruction set {native.isa()}")
+        return BackendInfo("cpu", False, native.reason() or "not available")
+    try:
+        sets = ", ".join(build.targets(build.compiler()))
+        return BackendInfo("cpu", True, f"not built yet: builds at first use for {sets} (`vlmops info --build` builds now)")
+    except build.BuildError as err:
+        return BackendInfo("cpu", False, str(err))
+
+
+def backends(build_now: bool = False) -> list[BackendInfo]:
+    """Every backend, in the order of ``vlmops.backends.BACKENDS``; Triton is looked for, not imported."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    found = [
+        BackendInfo("reference", True, "plain PyTorch in float64: the oracle, never chosen by itself"),
+        BackendInfo("torch", True, f"PyTorch {torch.__version__}"),
+        _cpu(build_now),
+    ]
+    triton = "no op has Triton kernels yet"
+    if importlib.util.find_spec("triton") is None:
+        triton += "; triton is not installed"
+    found.append(BackendInfo("triton", False, triton))
+    cuda = "no op has CUDA kernels yet"
+    if not gpu:
+        cuda += "; torch sees no GPU"
+    found.append(BackendInfo("cuda", False, cuda))
+    return found
+
+
+def _folder_size(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
+
+
+def _cpu_flags() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "asimdhp", "bf16")
+    if not info.exists():
+        return []
+    for line in info.read_text(errors="replace").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            have = line.split(":", 1)[1].split()
+            return [flag for flag in wanted if flag in have]
+    return []
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def report(build_now: bool = False) -> dict[str, Any]:
+    """Machine, versions, compilers, backends and cache folders as plain data.
+
+    Args:
+        build_now: build the native library if it is not there.
+    """
+    import torch
+
+    from vlmops.version import __version__
+
+    compilers = {name: shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc", "ninja")}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "vlmops": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": _cpu_flags(),
+        "memory_gib": _memory_gib(),
+        "gpus": gpus,
+        "compilers": compilers,
+        "backends": [asdict(b) for b in backends(build_now)],
+        "cache": {"folder": str(cache_dir()), "bytes": _folder_size(cache_dir())},
+    }

@@ -1,0 +1,73 @@
+"""The `vlmops` command. Slow imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vlmops.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="vlmops: vision-language models, faster, with the same answers."
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vlmops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """vlmops: vision-language models, faster, with the same answers."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON for scripts.")] = False,
+    build: Annotated[bool, typer.Option("--build", help="Build the native CPU kernels now if they are not there.")] = False,
+) -> None:
+    """Machine, instruction sets, compilers, backends and what the missing ones need, cache folders."""
+    from vlmops.backends.probe import report
+
+    data = report(build_now=build)
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    console = Console()
+    facts = Table(title="machine", show_header=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name in ("vlmops", "python", "torch", "transformers", "triton", "platform", "cpu", "cores", "threads"):
+        facts.add_row(name, str(data[name] if data[name] is not None else "not installed"))
+    facts.add_row("instruction sets", ", ".join(data["instruction_sets"]) or "baseline")
+    facts.add_row("memory", f"{data['memory_gib']} GiB")
+    facts.add_row("gpus", ", ".join(data["gpus"]) or "none")
+    for name, path in data["compilers"].items():
+        facts.add_row(name, path or "not found")
+    facts.add_row("cache", f"{data['cache']['folder']} ({data['cache']['bytes'] / 2**20:.1f} MiB)")
+    console.print(facts)
+    table = Table("backend", "available", "what it is, or what is missing", title="backends")
+    for row in data["backends"]:
+        table.add_row(row["name"], "yes" if row["available"] else "no", row["detail"])
+    console.print(table)
+
+
+def _add_lazy_commands() -> None:
+    from vlmops.demo.cli import demo
+    from vlmops.profiling.cli import bench
+
+    app.command()(demo)
+    app.command()(bench)
+
+
+_add_lazy_commands()
