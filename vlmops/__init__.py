@@ -2,6 +2,7 @@
 
 from vlmops import ops
 from vlmops.backends import use_backend
+from vlmops.ops._shared.packing import packed_bytes, repack
 from vlmops.version import __version__
 
-__all__ = ["__version__", "ops", "use_backend"]
+__all__ = ["__version__", "ops", "packed_bytes", "repack", "use_backend"]

@@ -11,7 +11,9 @@
 
 #include "dispatch.h"
 
+#include "bindings/activation.h"
 #include "bindings/norms.h"
+#include "bindings/varlen_attention.h"
 
 namespace {
 
