@@ -3,6 +3,17 @@
 from vlmops import ops
 from vlmops.backends import use_backend
 from vlmops.ops._shared.packing import packed_bytes, repack
+from vlmops.patch import patch_model, patch_report, patched, unpatch_model
 from vlmops.version import __version__
 
-__all__ = ["__version__", "ops", "packed_bytes", "repack", "use_backend"]
+__all__ = [
+    "__version__",
+    "ops",
+    "packed_bytes",
+    "patch_model",
+    "patch_report",
+    "patched",
+    "repack",
+    "unpatch_model",
+    "use_backend",
+]

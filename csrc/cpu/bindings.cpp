@@ -13,6 +13,7 @@
 
 #include "bindings/activation.h"
 #include "bindings/norms.h"
+#include "bindings/patchify.h"
 #include "bindings/varlen_attention.h"
 
 namespace {

@@ -42,12 +42,13 @@ def why_not_gemm(x: Tensor, *weights: Tensor) -> str | None:
     if x.numel() == 0:
         return "no rows"
     for w in weights:
-        if w.dtype != x.dtype or not w.is_contiguous() or w.is_meta or min(w.shape) < 16:
+        if w.dtype != x.dtype or not w.is_contiguous() or w.is_meta or min(w.shape[0], w[0].numel()) < 16:
             return f"a weight that is not contiguous, not {str(x.dtype)[6:]} or under 16 wide: {list(w.shape)}"
     return None
 
 
 def _pack(weight: Tensor) -> Tensor:
+    weight = weight.flatten(1)  # a convolution whose kernel is its stride is a product, too
     weight = weight.float() if weight.dtype == torch.float16 else weight
     return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
 
@@ -57,7 +58,7 @@ def gemm(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "", r
 
     Args:
         x: [rows, K] contiguous; float32, bfloat16, or float16.
-        weight: [N, K] parameter, same dtype.
+        weight: [N, K] parameter (or [N, ...] with K elements a row), same dtype.
         bias: [N] or None.
         activation: a name of ``ACTIVATIONS`` or "".
         residual: [rows, N] or None; only together with activation "" is it part of the product's own epilogue.
