@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 __all__ = ["STORE", "PackedStore", "packed_bytes", "repack"]
 
 SAMPLES = 64  # values compared at each look-up: one strided view of the parameter's own memory
+IDLE_S = 60.0  # how long an entry must lie unused before another may take its room
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,8 +33,9 @@ class _Entry:
     version: int
     view: Any  # numpy view of sampled elements, on the parameter's memory
     sample: bytes
-    packed: Any
+    packed: Tensor
     nbytes: int
+    used: float
 
 
 def _version(x: Tensor) -> int:
@@ -40,75 +43,130 @@ def _version(x: Tensor) -> int:
 
 
 def _sampled(x: Tensor) -> Any:
+    """A strided view of SAMPLES elements that runs across the columns of a matrix as well as down its rows."""
     flat = x.detach().view(_INT[x.element_size()]).reshape(-1).numpy()
-    return flat[:: max(1, flat.size // SAMPLES)][:SAMPLES]
+    columns = x.shape[-1] if x.dim() > 1 else flat.size
+    step = max(1, flat.size // SAMPLES)
+    if step > 1 and step % columns == 0:
+        step -= max(1, columns // SAMPLES)
+    return flat[:: max(1, step)][:SAMPLES]
 
 
 class PackedStore:
-    """Packed forms of parameters, least recently used dropped first where a byte budget is exceeded.
+    """Packed forms of parameters.
+
+    A look-up costs about a microsecond. Where the byte budget is full, the entry unused for longest makes room, if it has been unused
+    for ``idle_s``: a model that does not fit would otherwise pack every weight anew in every forward.
 
     Args:
-        budget: bytes all packed forms may take together; None: no limit.
+        budget: bytes all packed forms may take together, or a function that says it at the first need; None: no limit.
+        idle_s: seconds.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
-        self._entries: OrderedDict[tuple[int, Hashable], _Entry] = OrderedDict()
+    def __init__(self, budget: int | Callable[[], int | None] | None = None, idle_s: float = IDLE_S) -> None:
+        self._budget = budget
+        self.idle_s = idle_s
+        self._entries: dict[tuple[int, Hashable], _Entry] = {}
+        self._seen: dict[int, weakref.ref[Tensor]] = {}
         self._lock = threading.RLock()
         self.bytes = 0
 
-    def get(self, weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Tensor]) -> Tensor:
-        """The packed form of ``weight``, packed now unless a valid one is kept.
+    @property
+    def budget(self) -> int | None:
+        """Bytes, or None for no limit."""
+        if callable(self._budget):
+            self._budget = self._budget()
+        return self._budget
+
+    def get(self, weight: Tensor, kind: Hashable, pack: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The packed form of ``weight``, packed now unless a valid one is kept; None where it should be used as it is.
+
+        That is so where the budget is full, and for a tensor that is no parameter (nor a view of one) and was never
+        seen before: autocast casts a weight anew at every call, and packing costs more than one product wins.
 
         Args:
-            weight: a contiguous CPU parameter.
+            weight: contiguous CPU tensor.
             kind: what the packed form is for: one weight may have several.
             pack: makes it from the weight (detached).
         """
-        key = (id(weight), kind)
+        base = weight._base
+        owner = weight if base is None else base
+        key = (id(owner), kind if base is None else (kind, weight.shape, weight.storage_offset()))
         entry = self._entries.get(key)
         if (
             entry is not None
-            and entry.owner() is weight
+            and entry.owner() is owner
             and entry.address == weight.data_ptr()
             and entry.version == _version(weight)
             and entry.view.tobytes() == entry.sample
         ):
-            if self.budget is not None:
-                with self._lock:
-                    if key in self._entries:
-                        self._entries.move_to_end(key)
+            entry.used = monotonic()
             return entry.packed
-        return self._pack(weight, key, pack)
+        if entry is None and not isinstance(owner, nn.Parameter) and not self._seen_before(owner):
+            return None
+        return self._pack(weight, owner, key, pack)
 
-    def _pack(self, weight: Tensor, key: tuple[int, Hashable], pack: Callable[[Tensor], Tensor]) -> Tensor:
+    def _seen_before(self, owner: Tensor) -> bool:
+        key = id(owner)
+        known = self._seen.get(key)
+        if known is not None and known() is owner:
+            return True
+        seen = self._seen
+
+        def forget(dead: weakref.ref[Tensor]) -> None:
+            if seen.get(key) is dead:
+                del seen[key]
+
+        seen[key] = weakref.ref(owner, forget)
+        return False
+
+    def _pack(self, weight: Tensor, owner: Tensor, key: tuple[int, Hashable], pack: Callable[[Tensor], Tensor]) -> Tensor | None:
+        with self._lock:
+            self._drop(key)
+            if not self._make_room(weight.numel() * weight.element_size()):
+                return None
         with torch.no_grad():
             packed = pack(weight.detach())
-        # a packed tensor is opaque: it says nothing about its own size, which is that of its logical elements
+        # A packed tensor is opaque and says nothing about its own size: that of its elements, give or take padding.
         nbytes = packed.numel() * packed.element_size()
         view = _sampled(weight)
         store = weakref.ref(self)
 
-        def forget(_: object) -> None:
+        def forget(dead: weakref.ref[Tensor]) -> None:
             found = store()
             if found is not None:
-                found._drop(key)
+                found._drop(key, dead)
 
-        entry = _Entry(weakref.ref(weight, forget), weight.data_ptr(), _version(weight), view, view.tobytes(), packed, nbytes)
+        entry = _Entry(
+            weakref.ref(owner, forget), weight.data_ptr(), _version(weight), view, view.tobytes(), packed, nbytes, monotonic()
+        )  # fmt: skip
         with self._lock:
-            self._drop(key)
-            if self.budget is not None and nbytes > self.budget:
-                return packed
-            self._entries[key] = entry
-            self.bytes += nbytes
-            while self.budget is not None and self.bytes > self.budget:
-                self._drop(next(iter(self._entries)))
+            self._drop(key)  # another thread may have been faster
+            if self._make_room(nbytes):
+                self._entries[key] = entry
+                self.bytes += nbytes
         return packed
 
-    def _drop(self, key: tuple[int, Hashable]) -> None:
+    def _make_room(self, nbytes: int) -> bool:
+        """Whether nbytes more fit, after dropping idle entries if need be."""
+        budget = self.budget
+        if budget is None or self.bytes + nbytes <= budget:
+            return True
+        before = monotonic() - self.idle_s
+        idle = sorted((e.used, key, e.nbytes) for key, e in self._entries.items() if e.used <= before)
+        if self.bytes + nbytes - sum(size for _, _, size in idle) > budget:
+            return False
+        for _, key, _ in idle:
+            self._drop(key)
+            if self.bytes + nbytes <= budget:
+                break
+        return True
+
+    def _drop(self, key: tuple[int, Hashable], owner: weakref.ref[Tensor] | None = None) -> None:
         with self._lock:
-            entry = self._entries.pop(key, None)
-            if entry is not None:
+            entry = self._entries.get(key)
+            if entry is not None and (owner is None or entry.owner is owner):
+                del self._entries[key]
                 self.bytes -= entry.nbytes
 
     def clear(self, params: set[int] | None = None) -> None:
@@ -116,6 +174,8 @@ class PackedStore:
         with self._lock:
             for key in [k for k in self._entries if params is None or k[0] in params]:
                 self._drop(key)
+            if params is None:
+                self._seen.clear()
 
     def size_of(self, params: set[int]) -> int:
         """Bytes kept for the parameters with these ids."""
@@ -123,13 +183,35 @@ class PackedStore:
             return sum(entry.nbytes for key, entry in self._entries.items() if key[0] in params)
 
 
-def _budget() -> int | None:
+def _default_budget() -> int | None:
+    """``VLMOPS_PACK_BUDGET_MB``, else half of the memory that is free at the first packing."""
     text = os.environ.get("VLMOPS_PACK_BUDGET_MB")
-    return None if not text else int(float(text) * 2**20)
+    if text:
+        try:
+            return int(float(text) * 2**20)
+        except ValueError:
+            raise ValueError(f"VLMOPS_PACK_BUDGET_MB: expected a number of MiB, got {text!r}") from None
+    free = _available_memory()
+    return None if free is None else free // 2
 
 
-#: The process's store. ``VLMOPS_PACK_BUDGET_MB`` bounds it.
-STORE = PackedStore(_budget())
+def _available_memory() -> int | None:
+    """Bytes this process may still take (the machine's, or its control group's if less); None where nobody tells."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            found.append(max(0, int(limit) - int((group / "memory.current").read_text())))
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(found) if found else None
+
+
+#: The process's store.
+STORE = PackedStore(_default_budget)
 
 
 def _ids(model: nn.Module) -> set[int]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +57,8 @@ class Op:
         fake: shapes and dtypes of the outputs from the arguments (meta tensors); returns a tensor or a tuple.
         autocast: names of the tensor arguments that autocast brings to its low precision.
         saved_outputs: positions of the outputs that the backward needs (e.g. out and lse of an attention).
+        same_gradient: argument -> differentiable argument whose gradient it shares (both terms of a sum): the backward
+            op cannot return one tensor twice.
         tiny: ``tiny(*args)`` is True where measuring would cost more than it can win (static order then).
 
     The tuning key holds every option and every size; the first size of each tensor (rows, tokens) is bucketed.
@@ -71,6 +73,7 @@ class Op:
         fake: Callable[..., Any],
         autocast: Sequence[str] = (),
         saved_outputs: Sequence[int] = (),
+        same_gradient: Mapping[str, str] | None = None,
         tiny: Callable[..., bool] | None = None,
     ) -> None:
         self.package = package
@@ -84,6 +87,7 @@ class Op:
         self.diff = [self.arg_names.index(name) for name in differentiable]
         self.cast = [self.arg_names.index(name) for name in autocast]
         self.saved_outputs = tuple(saved_outputs)
+        self.same = {self.arg_names.index(a): self.arg_names.index(b) for a, b in (same_gradient or {}).items()}
         self.fake = fake
         self.tiny = tiny
         self.backends = tuple(
@@ -181,13 +185,16 @@ class Op:
         for i, tensor in zip(self._tensor_args, saved, strict=False):
             inputs[i] = tensor
         outs = saved[len(self._tensor_args) :]
-        needs = [bool(ctx.needs_input_grad[i]) and inputs[i] is not None for i in self.diff]
+        wanted = {self.same.get(i, i) for i, need in enumerate(ctx.needs_input_grad) if need and inputs[i] is not None}
+        needs = [i in wanted for i in self.diff]
         result: list[Tensor | None] = [None] * len(inputs)
         if any(needs) and any(g is not None for g in grads):
             found = self.raw_backward(*grads, *outs, *inputs[:-1], needs, inputs[-1])
             found = found if isinstance(found, (tuple, list)) else (found,)
             for i, need, grad in zip(self.diff, needs, found, strict=True):
                 result[i] = grad if need else None
+            for i, other in self.same.items():
+                result[i] = result[other] if inputs[i] is not None else None
         return tuple(result)
 
     def _autocast_kernel(self, device: str, key: Any) -> Callable[..., Any]:
