@@ -50,7 +50,9 @@ class BuildPy(build_py):
         target = package / "_native"
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as work:
-            built = build.build(plan, Path(work), lambda done, total: print(f"vlmops: compiled {done}/{total}", flush=True))
+            built = build.build(
+                plan, Path(work), lambda done, total: print(f"vlmops: compiled {done}/{total}", flush=True)
+            )
             shutil.copy2(built, target / build.LIBRARY)
         (target / "torch-version").write_text(torch.__version__ + "\n")
 

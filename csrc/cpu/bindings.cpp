@@ -11,7 +11,7 @@
 
 #include "dispatch.h"
 
-#include "bindings/activation.h"
+#include "bindings/epilogue.h"
 #include "bindings/norms.h"
 #include "bindings/patchify.h"
 #include "bindings/varlen_attention.h"

@@ -55,7 +55,9 @@ def test_a_broken_candidate_is_left_out(tuning_cache, caplog):
     assert "no such kernel" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1}', '{"format": 99, "choices": {}}', '{"format": 1, "choices": {"x": 3}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"format": 1}', '{"format": 99, "choices": {}}', '{"format": 1, "choices": {"x": 3}}']
+)
 def test_a_corrupt_file_is_rebuilt(tuning_cache, content):
     path = tuning_cache / "tuning-v1.json"
     path.write_text(content)

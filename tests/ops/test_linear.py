@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +13,23 @@ from hypothesis import strategies as st
 
 import vlmops
 from tests.support.ops import check_op, opcheck
+from vlmops.backends import native
 from vlmops.ops import linear
-from vlmops.ops._shared.activations import ACTIVATIONS
+from vlmops.ops._shared import gemm_cpu
+from vlmops.ops._shared.activations import ACTIVATIONS, activate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+ISAS = ["generic", "neon", "avx2", "avx512", "avx512_bf16"]
+
+
+def plain(x, weight, bias=None, *, activation=None, gate=None, row_mask=None, residual=None):
+    """What a model's own code computes, differentiated by autograd."""
+    y = activate(torch.nn.functional.linear(x, weight, bias), activation or "")
+    y = y if gate is None else torch.tanh(gate) * y
+    y = y if row_mask is None else y * row_mask[..., None]
+    return y if residual is None else residual + y
 
 
 def make(rows=(5,), k=32, n=48, bias=True, grad=False):
@@ -24,7 +41,7 @@ def make(rows=(5,), k=32, n=48, bias=True, grad=False):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activations(backend, dtype, activation):
-    check_op(linear, make((3, 7)), dict(activation=activation), backend=backend, dtype=dtype)
+    check_op(linear, make((3, 7)), dict(activation=activation), backend=backend, dtype=dtype, lowprec=plain)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -39,7 +56,7 @@ def test_epilogues(backend, dtype, epilogue):
     }
     kwargs = {k: v for name, part in parts.items() if epilogue in (name, "all") and not (epilogue == "all" and name == "gate") for k, v in part.items()}
     for activation in (None, "quick_gelu", "gelu"):
-        check_op(linear, make((2, 9)), {**kwargs, "activation": activation}, backend=backend, dtype=dtype)
+        check_op(linear, make((2, 9)), {**kwargs, "activation": activation}, backend=backend, dtype=dtype, lowprec=plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +66,8 @@ def test_gradients(dtype, activation, gate_shape):
     kwargs = dict(activation=activation, residual=torch.randn(5, 48, requires_grad=True), row_mask=torch.rand(5) > 0.3)
     if gate_shape is not None:
         kwargs["gate"] = torch.randn(gate_shape, requires_grad=True)
-    check_op(linear, make(grad=True), kwargs, backend="torch", dtype=dtype)
+    check_op(linear, make(grad=True), kwargs, backend="torch", dtype=dtype, lowprec=plain)
+    check_op(linear, make(grad=True), kwargs, backend="torch", dtype=torch.float64, lowprec="reference")
 
 
 @given(
@@ -62,7 +80,7 @@ def test_random_shapes(rows, k, n, bias, activation, strided):
     if strided:
         x = torch.randn(*rows, 2 * k)[..., ::2]
     for backend in ["torch", *(["cpu"] if x.numel() and min(k, n) >= 16 else [])]:
-        check_op(linear, (x, weight, b), dict(activation=activation), backend=backend, dtype=torch.float32)
+        check_op(linear, (x, weight, b), dict(activation=activation), backend=backend, dtype=torch.float32, lowprec=plain)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 300])
@@ -114,6 +132,78 @@ def test_packed_weights_are_not_used_where_a_gradient_is_wanted():
         linear(x, w, b)
 
 
+def everything(n=48, rows=9):
+    return dict(activation="quick_gelu", gate=torch.randn(n), row_mask=torch.rand(rows) > 0.5, residual=torch.randn(rows, n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [16, 17, 48, 63, 100])
+def test_the_epilogue_at_odd_widths(dtype, n):
+    check_op(linear, make((9,), 40, n), everything(n), backend="cpu", dtype=dtype, lowprec=plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_compiler(monkeypatch, dtype):
+    monkeypatch.setattr(native, "available", lambda: False)
+    check_op(linear, make((9,)), everything(), backend="cpu", dtype=dtype, lowprec=plain)
+
+
+def test_float16_in_chunks(monkeypatch):
+    monkeypatch.setattr(gemm_cpu, "HALF_ROWS", 4)
+    check_op(linear, make((9,)), everything(), backend="cpu", dtype=torch.float16, lowprec=plain)
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_epilogue_on_every_instruction_set(isa):
+    if ISAS.index(isa) > ISAS.index(native.isa()) or ((isa == "neon") != (native.isa() == "neon") and isa != "generic"):
+        pytest.skip("not on this CPU")
+    code = """
+import torch
+from tests.ops.test_linear import DTYPES, everything, make, plain
+from tests.support.ops import check_op
+from vlmops.backends import native
+from vlmops.ops import linear
+for dtype in DTYPES:
+    for n in (16, 37, 64):
+        check_op(linear, make((9,), 40, n), everything(n), backend="cpu", dtype=dtype, lowprec=plain)
+print(native.isa())
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "VLMOPS_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+
+
+@pytest.mark.skipif(not native.available(), reason="no native library")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(out=torch.empty(5, 7)), "out: expected contiguous"),
+        (dict(product=torch.empty(8, 5).t()), "product: expected contiguous"),
+        (dict(product=torch.empty(5, 8).bfloat16()), "product: expected float32"),
+        (dict(scale=torch.empty(7)), "scale: expected"),
+        (dict(row_mask=torch.ones(4, dtype=torch.bool)), "row_mask: expected"),
+        (dict(residual=torch.empty(5, 8).half()), "residual: expected"),
+        (dict(out=torch.empty(5, 8).double()), "out: expected float32"),
+    ],
+)
+def test_the_native_epilogue_checks_its_arguments(change, message):
+    args = dict(product=torch.zeros(5, 8), out=torch.zeros(5, 8), quick_gelu=True, scale=None, row_mask=None, residual=None)
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.vlmops_cpu.epilogue(**{**args, **change})
+
+
+def test_a_masked_row_is_zero_even_where_its_product_is_nan():
+    x, w, b = make()
+    x[1] = float("nan")
+    mask = torch.tensor([True, False, True, True, True])
+    for backend in ("torch", "cpu"):
+        with vlmops.use_backend(backend), torch.no_grad():
+            out = linear(x, w, b, row_mask=mask)
+        assert out[1].eq(0).all()
+        assert out[0].isfinite().all()
+
+
 def test_nan_flows_through():
     x, w, b = make()
     x[2, 3] = float("nan")
@@ -134,6 +224,8 @@ BAD = {
     "weight dtype": (dict(weight=torch.randn(48, 32).half()), "weight: expected float32"),
     "bias": (dict(bias=torch.randn(47)), "bias: expected shape"),
     "residual": (dict(residual=torch.randn(4, 48)), "residual: expected shape"),
+    "gate type": (dict(gate=0.5), "gate: expected a tensor"),
+    "mask type": (dict(row_mask=[True]), "row_mask: expected a tensor"),
     "gate": (dict(gate=torch.randn(3)), "gate: expected a scalar"),
     "mask shape": (dict(row_mask=torch.ones(4, dtype=torch.bool)), "row_mask: expected shape"),
     "mask dtype": (dict(row_mask=torch.ones(5)), "row_mask: expected bool"),

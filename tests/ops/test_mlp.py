@@ -10,10 +10,30 @@ from torch import nn
 
 import vlmops
 from tests.support.ops import check_op, opcheck
+from vlmops.backends import native
 from vlmops.ops import mlp
-from vlmops.ops._shared.activations import ACTIVATIONS
+from vlmops.ops._shared.activations import ACTIVATIONS, activate
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def norm_of(x, norm):
+    if norm is None:
+        return x
+    kind, weight, bias, eps = norm
+    if kind == "layer_norm":
+        return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def plain(x, w1, b1, w2, b2, *, activation, w_gate=None, b_gate=None, residual=None, norm=None, mid_norm=None,
+          layer_scale=None):  # fmt: skip
+    """What a model's own code computes, differentiated by autograd."""
+    x, linear = norm_of(x, norm), nn.functional.linear
+    h = activate(linear(x, w1, b1), activation) if w_gate is None else activate(linear(x, w_gate, b_gate), activation) * linear(x, w1, b1)
+    y = linear(norm_of(h, mid_norm), w2, b2)
+    y = y if layer_scale is None else y * layer_scale
+    return y if residual is None else residual + y
 
 
 def make(rows=(5,), c=32, h=64, n=48, biases=True, grad=False, wide=1):
@@ -36,30 +56,65 @@ def extras(name, grad=False, rows=(8,), c=32, h=64, n=48, wide=1):
         "layer_norm": dict(norm=("layer_norm", leaf(c), leaf(c), 1e-5)),
         "rms_norm": dict(norm=("rms_norm", leaf(c), None, 1e-6)),
         "mid_norm": dict(mid_norm=("layer_norm", leaf(h), leaf(h), 1e-5)),
+        "everything": dict(w_gate=leaf(h, c * wide, scale=0.2), b_gate=leaf(h), norm=("layer_norm", leaf(c), leaf(c), 1e-5),
+                           mid_norm=("rms_norm", leaf(h), None, 1e-6), layer_scale=leaf(n), residual=leaf(*rows, n)),
         "layer_scale": dict(layer_scale=leaf(n), residual=leaf(*rows, n)),
     }[name]
 
 
-EXTRAS = ["plain", "gated", "gated, no bias", "residual", "layer_norm", "rms_norm", "mid_norm", "layer_scale"]
+EXTRAS = ["plain", "gated", "gated, no bias", "residual", "layer_norm", "rms_norm", "mid_norm", "layer_scale", "everything"]
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(backend, dtype, activation):
-    check_op(mlp, make((8,)), dict(activation=activation), backend=backend, dtype=dtype)
+    check_op(mlp, make((8,)), dict(activation=activation), backend=backend, dtype=dtype, lowprec=plain)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EXTRAS)
 def test_surroundings(backend, dtype, name):
-    check_op(mlp, make((8,), biases=name != "gated, no bias"), dict(activation="silu", **extras(name)), backend=backend, dtype=dtype)
+    check_op(mlp, make((8,), biases=name != "gated, no bias"), dict(activation="silu", **extras(name)), backend=backend, dtype=dtype,
+             lowprec=plain)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EXTRAS)
-def test_gradients(name):
-    check_op(mlp, make((8,), grad=True), dict(activation="gelu", **extras(name, True)), backend="torch", dtype=torch.float32)
+def test_gradients(name, dtype):
+    kwargs = dict(activation="gelu", **extras(name, True))
+    check_op(mlp, make((8,), grad=True), kwargs, backend="torch", dtype=dtype, lowprec=plain)
+    check_op(mlp, make((8,), grad=True), kwargs, backend="torch", dtype=torch.float64, lowprec="reference")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_of_every_activation(activation, gated):
+    kwargs = dict(activation=activation, **extras("gated" if gated else "plain", True))
+    for dtype, lowprec in ((torch.float32, plain), (torch.float64, "reference")):
+        check_op(mlp, make((2, 5), biases=not gated, grad=True), kwargs, backend="torch", dtype=dtype, lowprec=lowprec)
+
+
+@pytest.mark.parametrize("name", ["plain", "gated", "layer_norm", "everything"])
+def test_each_gradient_alone(name):
+    """A gradient that is wanted alone equals the one that is wanted among all."""
+    args, kwargs = make((8,), grad=True), dict(activation="silu", **extras(name, True))
+    leaves = [t for t in (*args, *kwargs.values(), *(p for v in kwargs.values() if isinstance(v, tuple) for p in v))
+              if isinstance(t, torch.Tensor)]  # fmt: skip
+    together = torch.autograd.grad(mlp(*args, **kwargs).square().sum(), leaves)
+    for leaf, want in zip(leaves, together, strict=True):
+        for other in leaves:
+            other.requires_grad_(other is leaf)
+        (got,) = torch.autograd.grad(mlp(*args, **kwargs).square().sum(), [leaf])
+        torch.testing.assert_close(got, want)
+
+
+def test_gradients_of_gathers():
+    check_op(mlp, make((8,), wide=4, grad=True), dict(activation="gelu", gather="merge2x2", **extras("layer_norm", True)),
+             backend="torch", dtype=torch.float64, lowprec="reference")  # fmt: skip
+    check_op(mlp, make((2, 24), wide=4, grad=True), dict(activation="gelu", gather=("pixel_shuffle", 4, 6)),
+             backend="torch", dtype=torch.float64, lowprec="reference")  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -78,11 +133,50 @@ def test_pixel_shuffle_is_transformers_own_order():
     torch.testing.assert_close(gather_rows(x, "pixel_shuffle", 6, 6), want.reshape(2, 9, 20))
 
 
+def test_pixel_shuffle_is_idefics3_order_too():
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    from vlmops.ops.mlp.layout import gather_rows
+
+    x = torch.randn(2, 36, 5)
+    torch.testing.assert_close(gather_rows(x, "pixel_shuffle", 6, 6), Idefics3Connector.pixel_shuffle(None, x, 2))
+
+
+def test_equals_qwens_merger():
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import PatchMerger
+
+    merger = PatchMerger(dim=48, context_dim=32)
+    x, (first, _, second) = torch.randn(24, 32), merger.mlp
+    norm = ("layer_norm", merger.ln_q.weight, merger.ln_q.bias, merger.ln_q.eps)
+    out = mlp(x, first.weight, first.bias, second.weight, second.bias, activation="gelu", norm=norm, gather="merge2x2")
+    torch.testing.assert_close(out, merger(x))
+
+
 def test_chunks_agree_with_the_whole(monkeypatch):
     from vlmops.ops.mlp import cpu
 
     monkeypatch.setattr(cpu, "CHUNK_BYTES", 1)
-    check_op(mlp, make((1300,)), dict(activation="quick_gelu", residual=torch.randn(1300, 48)), backend="cpu", dtype=torch.float32)
+    monkeypatch.setattr(cpu, "LEAST_ROWS", 100)
+    for dtype in DTYPES:
+        for kwargs in ({}, extras("everything", rows=(250,))):
+            check_op(mlp, make((250,)), dict(activation="quick_gelu", **kwargs), backend="cpu", dtype=dtype, lowprec=plain)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_a_compiler(monkeypatch, dtype):
+    monkeypatch.setattr(native, "available", lambda: False)
+    check_op(mlp, make((8,)), dict(activation="quick_gelu", **extras("everything")), backend="cpu", dtype=dtype, lowprec=plain)
+
+
+def test_autocast():
+    args = make(grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mlp(*args, activation="gelu")
+        with torch.no_grad(), vlmops.use_backend("cpu"):
+            torch.testing.assert_close(mlp(*args, activation="gelu"), out.detach(), atol=0.1, rtol=0.05)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(a.grad.dtype == torch.float32 for a in args)
 
 
 @given(
@@ -94,7 +188,7 @@ def test_random_shapes(rows, c, h, n, biases, gated):
     args = make(rows, c, h, n, biases)
     kwargs = dict(activation="silu", w_gate=torch.randn(h, c) if gated else None)
     for backend in ["torch", *(["cpu"] if args[0].numel() and min(c, h, n) >= 16 else [])]:
-        check_op(mlp, args, kwargs, backend=backend, dtype=torch.float32)
+        check_op(mlp, args, kwargs, backend=backend, dtype=torch.float32, lowprec=plain)
 
 
 def test_gradcheck_of_the_reference():

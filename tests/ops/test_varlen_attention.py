@@ -54,12 +54,20 @@ def test_torch_backend(case, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope(interleaved):
     tables = tuple(torch.randn(13, 8) for _ in range(2))
-    check_op(varlen_attention, make([9, 4]), dict(rope=tables, rope_interleaved=interleaved), backend="torch", dtype=torch.float32)
+    check_op(
+        varlen_attention,
+        make([9, 4]),
+        dict(rope=tables, rope_interleaved=interleaved),
+        backend="torch",
+        dtype=torch.float32,
+    )
 
 
 def test_rope_with_own_tables_for_k():
     rope, rope_k = tuple(torch.randn(4, 8) for _ in range(2)), tuple(torch.randn(9, 8) for _ in range(2))
-    check_op(varlen_attention, make([3, 1], [5, 4]), dict(rope=rope, rope_k=rope_k), backend="torch", dtype=torch.float32)
+    check_op(
+        varlen_attention, make([3, 1], [5, 4]), dict(rope=rope, rope_k=rope_k), backend="torch", dtype=torch.float32
+    )
 
 
 @given(
@@ -72,7 +80,13 @@ def test_rope_with_own_tables_for_k():
 @settings(max_examples=40, deadline=None)
 def test_random_shapes(lengths, causal, window, groups, dim):
     args = make([a for a, _ in lengths], [b for _, b in lengths], heads=2 * groups, dim=dim)
-    check_op(varlen_attention, args, dict(causal=causal, window=window, return_lse=True), backend="torch", dtype=torch.float32)
+    check_op(
+        varlen_attention,
+        args,
+        dict(causal=causal, window=window, return_lse=True),
+        backend="torch",
+        dtype=torch.float32,
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -98,7 +112,9 @@ def test_gradcheck_of_the_reference():
     tables_k = tuple(torch.randn(7, 4, dtype=torch.float64) for _ in range(2))
     with vlmops.use_backend("reference"):
         assert torch.autograd.gradcheck(
-            lambda q, k, v: varlen_attention(q, k, v, args[3], args[4], causal=True, softcap=3.0, rope=tables, rope_k=tables_k),
+            lambda q, k, v: varlen_attention(
+                q, k, v, args[3], args[4], causal=True, softcap=3.0, rope=tables, rope_k=tables_k
+            ),
             args[:3],
         )
 

@@ -84,8 +84,8 @@ def test_gradient_checkpointing_still_recomputes(name):
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     calls = []
-    block = next(m for m in model.modules() if type(m).__name__ in ("Qwen2DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2VLDecoderLayer", "Qwen2_5_VLDecoderLayer"))
-    block.register_forward_pre_hook(lambda *a: calls.append(1))
+    block = next(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
+    block.mlp.register_forward_pre_hook(lambda *a: calls.append(1))
     model(**inputs).logits.float().mean().backward()
     assert len(calls) == 2, "the layer runs once forward and once again in backward"
 
@@ -132,11 +132,11 @@ def test_state_dict_keys_and_values_stay(name):
 def test_deepcopy_and_pickle_of_a_patched_model(name):
     model, inputs = build(name)
     vlmops.patch_model(model)
-    want = first_output(run(model, inputs))
     twin = copy.deepcopy(model)
     buffer = io.BytesIO()
-    torch.save(model, buffer)
+    torch.save(model, buffer)  # before the first run: transformers then hangs unpicklable hooks on its layers
     buffer.seek(0)
+    want = first_output(run(model, inputs))
     loaded = torch.load(buffer, weights_only=False)
     for other in (twin, loaded):
         assert len(patched_modules(other)) == len(patched_modules(model))

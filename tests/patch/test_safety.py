@@ -276,7 +276,9 @@ def test_dropout_in_training_is_the_originals():
     seen = []
     original = F.scaled_dot_product_attention
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k.get("dropout_p")) or original(*a, **k))
+        patch.setattr(
+            F, "scaled_dot_product_attention", lambda *a, **k: seen.append(k.get("dropout_p")) or original(*a, **k)
+        )
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", F.scaled_dot_product_attention)
         model(**inputs)
     assert seen == [0.5] * 3

@@ -45,7 +45,7 @@ def _run(fn: Callable[..., Any], args: Any, kwargs: Any, backend: str, grads: Se
 
 
 def check_op(
-    fn: Callable[..., Any], args: tuple, kwargs: dict, *, backend: str, dtype: torch.dtype, lowprec: str = "torch"
+    fn: Callable[..., Any], args: tuple, kwargs: dict, *, backend: str, dtype: torch.dtype, lowprec: str | Callable[..., Any] = "torch"
 ) -> None:
     """Outputs and all gradients of ``backend`` at ``dtype`` against the reference in float64, by the tolerance rule.
 
@@ -54,7 +54,8 @@ def check_op(
         args, kwargs: arguments; floating tensors are rounded to ``dtype`` first, so that both sides see the same
             numbers. Tensors with ``requires_grad`` get their gradients compared too.
         backend: what is tested.
-        lowprec: backend that stands for torch's own error at this precision.
+        lowprec: backend that stands for torch's own error at this precision, or a function like ``fn`` in plain torch
+            (needed where ``backend`` is "torch": compared with itself it could not fail).
     """
     args, kwargs = to_dtype(args, dtype), to_dtype(kwargs, dtype)
     args64, kwargs64 = to_dtype(args, torch.float64), to_dtype(kwargs, torch.float64)
@@ -63,10 +64,14 @@ def check_op(
     shapes = [o for o in (probe if isinstance(probe, (tuple, list)) else (probe,)) if isinstance(o, Tensor)]
     rng = torch.Generator().manual_seed(1)
     # Only finite outputs take part in the loss (an lse of -inf has no gradient).
-    grads = [torch.randn(o.shape, generator=rng, dtype=torch.float64).to(dtype).double() * o.isfinite() for o in shapes if o.is_floating_point()]
+    grads = [
+        torch.randn(o.shape, generator=rng, dtype=torch.float64).to(dtype).double() * o.isfinite()
+        for o in shapes
+        if o.is_floating_point()
+    ]
     oracle, oracle_grads = _run(fn, args64, kwargs64, "reference", grads)
     out, out_grads = _run(fn, args, kwargs, backend, grads)
-    low, low_grads = _run(fn, args, kwargs, lowprec, grads)
+    low, low_grads = _run(*((fn, args, kwargs, lowprec) if isinstance(lowprec, str) else (lowprec, args, kwargs, "torch")), grads)
     for i, (a, b, c) in enumerate(zip(out, low, oracle, strict=True)):
         assert a.dtype == b.dtype, f"output {i} is {a.dtype}, expected {b.dtype}"
         assert_close_to_oracle(a, b, c, f"output {i}") if a.is_floating_point() else torch.testing.assert_close(a, c)
@@ -76,4 +81,8 @@ def check_op(
 
 def opcheck(op: Any, args: tuple) -> None:
     """torch.library.opcheck on a raw op with explicit ``backend`` as its last argument."""
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"))
+    torch.library.opcheck(
+        op,
+        args,
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )

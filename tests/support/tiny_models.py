@@ -40,7 +40,9 @@ def siglip() -> tuple[Any, dict]:
 
 def llava() -> tuple[Any, dict]:
     config = T.LlavaConfig(
-        vision_config=dict(model_type="clip_vision_model", **CLIP), text_config=dict(model_type="llama", **TEXT), image_token_id=IMAGE
+        vision_config=dict(model_type="clip_vision_model", **CLIP),
+        text_config=dict(model_type="llama", **TEXT),
+        image_token_id=IMAGE,
     )
     model = T.LlavaForConditionalGeneration(config)
     return model, dict(input_ids=prompt([16, 16]), pixel_values=torch.randn(2, 3, 56, 56))
@@ -64,7 +66,9 @@ def _qwen(model: Any) -> tuple[Any, dict]:
     ids = torch.cat([prompt([]), torch.tensor([[302]]), torch.full((1, 8), IMAGE), torch.tensor([[303, 5, 6]])], dim=1)
     kinds = (ids == IMAGE).long()
     grid = torch.tensor([[1, 4, 8]])
-    inputs = dict(input_ids=ids, pixel_values=torch.randn(32, 3 * 2 * 14 * 14), image_grid_thw=grid, mm_token_type_ids=kinds)
+    inputs = dict(
+        input_ids=ids, pixel_values=torch.randn(32, 3 * 2 * 14 * 14), image_grid_thw=grid, mm_token_type_ids=kinds
+    )
     return model, inputs
 
 
@@ -85,8 +89,12 @@ def qwen2_5_vl() -> tuple[Any, dict]:
 
 def idefics3() -> tuple[Any, dict]:
     vision = {**CLIP, "image_size": 28}
-    config = T.Idefics3Config(vision_config=vision, text_config=dict(model_type="llama", **TEXT), image_token_id=IMAGE, scale_factor=2)
-    return T.Idefics3ForConditionalGeneration(config), dict(input_ids=prompt([1]), pixel_values=torch.randn(1, 1, 3, 28, 28))
+    config = T.Idefics3Config(
+        vision_config=vision, text_config=dict(model_type="llama", **TEXT), image_token_id=IMAGE, scale_factor=2
+    )
+    return T.Idefics3ForConditionalGeneration(config), dict(
+        input_ids=prompt([1]), pixel_values=torch.randn(1, 1, 3, 28, 28)
+    )
 
 
 def paligemma() -> tuple[Any, dict]:

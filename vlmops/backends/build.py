@@ -1,30 +1,31 @@
 """Compiling csrc/cpu with ninja: which instruction sets, which flags, which key. Knows no operation.
 
 A build is a folder ``<cache>/native/<key>`` that appears whole, by one rename, so a killed build leaves nothing that
-could be taken for one. The key covers everything the result depends on: sources, flags, compiler and torch.
+could be taken for one. The key covers everything the result depends on: sources, flags, compiler and torch; not Python.
+Beside the library lies a stamp with its checksum, because loading a truncated library kills the process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["BuildError", "Plan", "build", "compiler", "csrc_dir", "plan", "targets"]
+__all__ = ["BuildError", "Plan", "build", "compiler", "csrc_dir", "intact", "ninja", "plan", "stamp", "targets"]
 
-log = logging.getLogger("vlmops")
 LIBRARY = "vlmops_cpu.so"
+STAMP = "build.json"
 KEEP_LINES = 20
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi2")
@@ -49,14 +50,15 @@ def csrc_dir() -> Path:
     raise BuildError("the C++ sources (csrc/cpu) are not in this installation")
 
 
-@lru_cache(maxsize=1)
 def compiler() -> str:
     """Path of the C++ compiler: $CXX, else c++, g++ or clang++ on the PATH."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         found = shutil.which(name) if name else None
         if found:
             return found
-    raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++): install one, e.g. the Debian package g++")
+    raise BuildError(
+        "no C++ compiler found (looked for $CXX, c++, g++, clang++): install one, e.g. the Debian package g++"
+    )
 
 
 def ninja() -> str:
@@ -73,10 +75,22 @@ def ninja() -> str:
     return found
 
 
+def _environment() -> dict[str, str]:
+    """For compilers and ninja: a preloaded sanitizer is meant for the tests, under it a compile takes minutes."""
+    env = dict(os.environ)
+    if sanitizers():
+        env.pop("LD_PRELOAD", None)
+    return env
+
+
 @lru_cache(maxsize=4)
 def compiler_version(cxx: str) -> str:
     """First line of ``--version``."""
-    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    try:
+        run = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True, env=_environment())
+        return run.stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as err:
+        raise BuildError(f"{cxx} --version does not work: {err}") from err
 
 
 @lru_cache(maxsize=4)
@@ -86,7 +100,11 @@ def targets(cxx: str) -> dict[str, tuple[str, ...]]:
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     for isa, flags in ISA_FLAGS.get(machine, {}).items():
         probe = subprocess.run(
-            [cxx, *flags, "-x", "c++", "-c", "-", "-o", os.devnull], input="int f() { return 0; }", text=True, capture_output=True
+            [cxx, *flags, "-x", "c++", "-c", "-", "-o", os.devnull],
+            input="int f() { return 0; }",
+            text=True,
+            capture_output=True,
+            env=_environment(),
         )
         if probe.returncode == 0:
             found[isa] = flags
@@ -107,8 +125,9 @@ class Plan:
     isas: dict[str, tuple[str, ...]]
     kernels: list[Path]
     bindings: Path
-    include: list[str] = field(default_factory=list)
-    link: list[str] = field(default_factory=list)
+    include: list[str]
+    link: list[str]
+    torch_version: str
     key: str = ""
 
     @property
@@ -117,30 +136,36 @@ class Plan:
         return len(self.kernels) * len(self.isas) + 2
 
 
-def plan(csrc: Path | None = None, *, with_torch: bool = True) -> Plan:
+def plan(csrc: Path | None = None) -> Plan:
     """What to compile from ``csrc`` (default: the package's own) and the key that names the result."""
+    import torch
+
     csrc = csrc or csrc_dir()
     cxx = compiler()
     isas = targets(cxx)
     sanitize = sanitizers()
     common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fopenmp", "-Wall"]
+    if "clang" not in compiler_version(cxx):
+        common.append("-Wno-maybe-uninitialized")  # GCC 12 warns thousands of times in its own avx512fintrin.h
     common += ["-O1", "-g", f"-fsanitize={sanitize}", "-fno-sanitize-recover=undefined"] if sanitize else ["-O3"]
     common += [f"-DVLMOPS_HAVE_{isa}=1" for isa in isas if isa != "generic"]
-    include, link, version = [], ["-shared", "-fopenmp"], "no-torch"
-    if sanitize:
-        link.append(f"-fsanitize={sanitize}")
-    if with_torch:
-        import torch
-        from torch.utils import cpp_extension
-
-        include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-        include.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}")
-        libs = Path(torch.__file__).parent / "lib"
-        link += [f"-L{libs}", "-lc10", "-ltorch_cpu"]
-        version = torch.__version__
-    found = Plan(cxx, common, isas, sorted((csrc / "cpu" / "kernels").glob("*.cpp")), csrc / "cpu" / "bindings.cpp", include, link)
+    # torch.utils.cpp_extension knows these folders too, but it imports setuptools, which a user may not have.
+    home = Path(torch.__file__).parent
+    headers = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    found = Plan(
+        cxx=cxx,
+        common=common,
+        isas=isas,
+        kernels=sorted((csrc / "cpu" / "kernels").glob("*.cpp")),
+        bindings=csrc / "cpu" / "bindings.cpp",
+        include=[*(f"-isystem{path}" for path in headers), abi],
+        link=["-shared", *common, f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu"],
+        torch_version=torch.__version__,
+    )
     digest = hashlib.sha256()
-    for part in (compiler_version(cxx), version, platform.machine(), *common, *sum(map(list, isas.values()), []), *link[:2]):
+    flags = [flag for isa in isas.items() for flag in (isa[0], *isa[1])]
+    for part in (compiler_version(cxx), torch.__version__, platform.machine(), abi, *common, *flags):
         digest.update(part.encode() + b"\0")
     for path in sorted(p for p in (csrc / "cpu").rglob("*") if p.suffix in (".h", ".cpp")):
         digest.update(str(path.relative_to(csrc)).encode() + b"\0" + path.read_bytes() + b"\0")
@@ -155,8 +180,6 @@ def _quote(text: str) -> str:
 
 def _words(words: list[str] | tuple[str, ...]) -> str:
     # ninja hands the command to a shell: quote for it, then for ninja
-    import shlex
-
     return " ".join(shlex.quote(w).replace("$", "$$") for w in words)
 
 
@@ -177,9 +200,15 @@ def write_ninja(found: Plan, folder: Path) -> None:
         for isa, flags in found.isas.items():
             out = f"{source.stem}.{isa}.o"
             objects.append(out)
-            lines += [f"build {out}: compile {_quote(str(source))}", f"  flags = {_words([*found.common, *flags, f'-DVLMOPS_ISA={isa}'])}"]
+            lines += [
+                f"build {out}: compile {_quote(str(source))}",
+                f"  flags = {_words([*found.common, *flags, f'-DVLMOPS_ISA={isa}'])}",
+            ]
     objects.append("bindings.o")
-    lines += [f"build bindings.o: compile {_quote(str(found.bindings))}", f"  flags = {_words([*found.common, *found.include])}"]
+    lines += [
+        f"build bindings.o: compile {_quote(str(found.bindings))}",
+        f"  flags = {_words([*found.common, *found.include])}",
+    ]
     lines += [f"build {LIBRARY}: link {' '.join(objects)}", f"default {LIBRARY}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
 
@@ -200,6 +229,23 @@ def file_lock(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
+def stamp(found: Plan, folder: Path) -> None:
+    """Record in ``folder`` what its library is: checksum, torch version, key."""
+    checksum = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+    facts = {"sha256": checksum, "torch": found.torch_version, "key": found.key}
+    (folder / STAMP).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def intact(folder: Path, torch_version: str | None = None) -> bool:
+    """Whether ``folder`` holds a library as it was built (and for ``torch_version``, if given)."""
+    try:
+        facts = json.loads((folder / STAMP).read_text())
+        checksum = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+        return facts["sha256"] == checksum and torch_version in (None, facts["torch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """The built library, compiled now unless ``root/<key>`` has it.
 
@@ -214,22 +260,24 @@ def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None =
     """
     target = root / found.key
     library = target / LIBRARY
-    if library.is_file():
+    if intact(target):
         return library
     root.mkdir(parents=True, exist_ok=True)
     with file_lock(root / f"{found.key}.lock"):
-        if library.is_file():  # another process built it while this one waited
+        if intact(target):  # another process built it while this one waited
             return library
         for stale in root.glob(f".{found.key}-*"):  # builds killed before the rename; the lock says nobody is at work
             shutil.rmtree(stale, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{found.key}-", dir=root))
+        work = root / f".{found.key}-{os.getpid()}"  # no mkdtemp: its mode 700 would shut others out of a shared cache
+        work.mkdir()
         try:
             write_ninja(found, work)
             _run_ninja(work, root / f"{found.key}.log", progress)
             for leftover in work.iterdir():
                 if leftover.name != LIBRARY:
                     leftover.unlink()
-            if target.exists():  # a folder without a library: somebody's half-deleted cache
+            stamp(found, work)
+            if target.exists():  # damaged, or half deleted by somebody
                 shutil.rmtree(target)
             os.replace(work, target)
         finally:
@@ -238,10 +286,14 @@ def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None =
 
 
 def _run_ninja(work: Path, log_path: Path, progress: Callable[[int, int], None] | None) -> None:
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     process = subprocess.Popen(
-        [ninja(), "-C", str(work), "-j", jobs, "-v"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [ninja(), "-C", str(work), "-j", os.environ.get("MAX_JOBS") or str(cores), "-v"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**_environment(), "NINJA_STATUS": "[%f/%t] "},
     )
     lines: list[str] = []
     assert process.stdout is not None
@@ -253,10 +305,18 @@ def _run_ninja(work: Path, log_path: Path, progress: Callable[[int, int], None] 
                 progress(int(step[1]), int(step[2]))
         code = process.wait()
     except BaseException:
-        process.kill()
+        process.terminate()  # not kill: ninja takes its compilers with it
         process.wait()
         raise
+    if code == 0:
+        log_path.unlink(missing_ok=True)
+        return
     log_path.write_text("".join(lines))
-    if code != 0:
-        tail = "".join([x for x in lines if not x.startswith("[")][-KEEP_LINES:]).rstrip()
-        raise BuildError(f"compiling the CPU kernels failed (log: {log_path}):\n{tail}")
+    raise BuildError(f"compiling the CPU kernels failed (log: {log_path}):\n{_what_failed(lines)}")
+
+
+def _what_failed(lines: list[str]) -> str:
+    """The first compiler error and what follows it, without the commands; the last lines if nothing looks like one."""
+    said = [x for x in lines if not x.startswith(("[", "FAILED:"))]
+    first = next((i for i, x in enumerate(said) if re.search(r"\berror\b|undefined reference", x)), None)
+    return "".join(said[-KEEP_LINES:] if first is None else said[first : first + KEEP_LINES]).rstrip()

@@ -150,7 +150,9 @@ def _measure(candidates: Mapping[str, Callable[[], Any]], device: torch.device) 
     return best
 
 
-def decide(op: str, key: str, candidates: Mapping[str, Callable[[], Any]], order: Iterable[str], device: torch.device) -> str:
+def decide(
+    op: str, key: str, candidates: Mapping[str, Callable[[], Any]], order: Iterable[str], device: torch.device
+) -> str:
     """Name of the candidate to use for this key: remembered, else measured now, else the first of ``order``.
 
     Args:

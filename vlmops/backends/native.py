@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import tempfile
 import threading
@@ -19,11 +20,11 @@ import torch
 from vlmops.backends import build
 from vlmops.backends.cache_dir import cache_dir
 
-__all__ = ["available", "define", "isa", "load", "reason"]
+__all__ = ["available", "define", "isa", "lib", "load", "reason"]
 
 log = logging.getLogger("vlmops")
 
-_SCHEMAS = torch.library.Library("vlmops_cpu", "FRAGMENT")
+_SCHEMAS = torch.library.Library("vlmops_cpu", "DEF")  # its schemas live as long as this object
 _defined: set[str] = set()
 _lock = threading.RLock()
 _state: str | None = None  # None: not tried; "": loaded; else why not
@@ -38,40 +39,49 @@ def define(schema: str) -> None:
             _SCHEMAS.define(schema)
 
 
+def lib() -> torch.library.Library:
+    """The namespace ``vlmops_cpu``: what ``define`` has put into it, for more registrations (a fake, a fallback)."""
+    return _SCHEMAS
+
+
 define("isa() -> str")
 define("num_threads() -> int")
 
 
 def ahead_of_time() -> Path | None:
-    """The library that ``pip install --no-build-isolation .`` built, if it was built against this torch."""
+    """The library that ``pip install --no-build-isolation .`` built, if it is whole and was built against this torch."""
     folder = Path(__file__).resolve().parent.parent / "_native"
-    library, stamp = folder / build.LIBRARY, folder / "torch-version"
-    if library.is_file() and stamp.is_file() and stamp.read_text().strip() == torch.__version__:
-        return library
-    return None
+    usable = not build.sanitizers() and build.intact(folder, torch.__version__)
+    return folder / build.LIBRARY if usable else None
 
 
-def library_path(progress: Callable[[int, int], None] | None = None) -> Path:
-    """The library's file, built first if there is none.
+def _private_folder() -> Path:
+    """A folder in the temporary directory that nobody else can have prepared: code is loaded from it."""
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"vlmops-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != user or facts.st_mode & 0o022:
+        raise build.BuildError(f"{folder} is not a folder that only this user can write")
+    return folder
+
+
+def cached(progress: Callable[[int, int], None] | None = None) -> Path:
+    """The library in the user's cache (a temporary folder where that cannot be written), built first if it is not there.
 
     Raises:
         build.BuildError: it cannot be built.
     """
-    ready = ahead_of_time()
-    if ready is not None and not build.sanitizers():
-        return ready
     plan = build.plan()
-    root = cache_dir() / "native"
+    build.ninja()  # missing tools are no matter of folders: say so before any folder is tried
     try:
+        root = cache_dir() / "native"
         return build.build(plan, root, progress)
-    except OSError as err:
-        if isinstance(err, FileNotFoundError) and "ninja" in str(err):
-            raise build.BuildError(str(err)) from err
-        folder = Path(tempfile.gettempdir()) / f"vlmops-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-        log.warning("vlmops: cache folder %s cannot be written (%s); building into %s", root, err, folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
-            raise build.BuildError(f"{folder} belongs to another user") from err
+    except build.BuildError:
+        raise
+    except (OSError, RuntimeError) as err:  # RuntimeError: no home folder
+        folder = _private_folder()
+        log.warning("vlmops: the cache folder cannot be written (%s); using %s instead", err, folder)
         return build.build(plan, folder, progress)
 
 
@@ -84,7 +94,12 @@ class _Progress:
 
     def __call__(self, done: int, total: int) -> None:
         if self.tty:
-            print(f"\rvlmops: building the CPU kernels ({done}/{total}, once per machine)", end="", file=sys.stderr, flush=True)
+            print(
+                f"\rvlmops: building the CPU kernels ({done}/{total}, once per machine)",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
             if done == total:
                 print(file=sys.stderr)
         elif not self.started:
@@ -99,34 +114,39 @@ def load() -> bool:
         return _state == ""
     with _lock:
         if _state is None:
-            _state = _try_load()
-            if _state:
-                log.warning("vlmops: the native CPU kernels are not available, plain PyTorch is used instead: %s", _state)
+            if os.environ.get("VLMOPS_DISABLE_NATIVE", "") not in ("", "0"):
+                _state = "VLMOPS_DISABLE_NATIVE is set"  # asked for: nothing to warn about
+                return False
+            try:
+                _load()
+                _state = ""
+            except Exception as err:  # whatever it is, the torch backend still works
+                _state = str(err) or repr(err)
+                log.warning(
+                    "vlmops: the native CPU kernels are not available, plain PyTorch is used instead: %s", _state
+                )
     return _state == ""
 
 
-def _try_load() -> str:
-    if os.environ.get("VLMOPS_DISABLE_NATIVE", "") not in ("", "0"):
-        return "VLMOPS_DISABLE_NATIVE is set"
+def _load() -> None:
+    """Load the library built ahead of time, else the cached one; raises what stands in the way."""
     if sys.platform not in ("linux", "darwin") or (sys.platform == "darwin" and not os.environ.get("CXX")):
-        return f"no native build on {sys.platform} (set CXX to try on macOS)"
-    try:
-        path = library_path(_Progress())
-    except (build.BuildError, OSError) as err:
-        return str(err)
+        raise build.BuildError(f"no native build on {sys.platform} (set CXX to try on macOS)")
+    if "address" in build.sanitizers() and "asan" not in os.environ.get("LD_PRELOAD", ""):
+        # loading it without would end the process
+        raise build.BuildError("VLMOPS_NATIVE_SANITIZE=address needs libasan in LD_PRELOAD (`make test-asan` does it)")
+    ready = ahead_of_time()
+    if ready is not None:
+        try:
+            torch.ops.load_library(str(ready))
+            return
+        except OSError as err:  # built on another kind of system: build for this one
+            log.info("vlmops: %s does not load here (%s)", ready, err.__cause__ or err)
+    path = cached(_Progress())
     try:
         torch.ops.load_library(str(path))
-        return ""
-    except OSError as err:
-        first = str(err)
-    # A file that does not load was damaged after it was built: build it again, once.
-    try:
-        path.unlink()
-        path = library_path(_Progress())
-        torch.ops.load_library(str(path))
-        return ""
-    except (build.BuildError, OSError) as err:
-        return f"{first}; and after building again: {err}"
+    except OSError as err:  # whole, as its checksum says: building it again would give the same
+        raise build.BuildError(f"{err.__cause__ or err} (delete {path.parent} to build it again)") from err
 
 
 def available() -> bool:

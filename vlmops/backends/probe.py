@@ -54,7 +54,9 @@ def _cpu(build_now: bool) -> BackendInfo:
         return BackendInfo("cpu", False, native.reason() or "not available")
     try:
         sets = ", ".join(build.targets(build.compiler()))
-        return BackendInfo("cpu", True, f"not built yet: builds at first use for {sets} (`vlmops info --build` builds now)")
+        return BackendInfo(
+            "cpu", True, f"not built yet: builds at first use for {sets} (`vlmops info --build` builds now)"
+        )
     except build.BuildError as err:
         return BackendInfo("cpu", False, str(err))
 
@@ -114,7 +116,9 @@ def report(build_now: bool = False) -> dict[str, Any]:
     from vlmops.version import __version__
 
     compilers = {name: shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc", "ninja")}
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {
         "vlmops": __version__,
         "python": platform.python_version(),

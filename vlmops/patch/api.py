@@ -123,7 +123,9 @@ def _skip_layers(model: nn.Module, dry_run: bool) -> list[PatchRow]:
     for path, layer in towers.unused_layers(model):
         if original_class(layer) is not None:
             continue
-        rows.append(PatchRow(path, type(layer).__name__, "skip_unused_layers", "-", "would patch" if dry_run else "patched"))
+        rows.append(
+            PatchRow(path, type(layer).__name__, "skip_unused_layers", "-", "would patch" if dry_run else "patched")
+        )
         if not dry_run:
             layer.__dict__[KEY] = towers.skip_record()
             layer.__class__ = patched_class("skip", type(layer))

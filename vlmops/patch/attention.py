@@ -11,7 +11,13 @@ from vlmops import ops
 from vlmops.patch.base import KEY, Patched, is_plain, needs_grad
 from vlmops.patch.classes import register_mixin
 
-__all__ = ["ATTENTION_NAME", "PatchedDenseAttention", "PatchedPackedAttention", "PatchedPixtralAttention", "register_interface"]
+__all__ = [
+    "ATTENTION_NAME",
+    "PatchedDenseAttention",
+    "PatchedPackedAttention",
+    "PatchedPixtralAttention",
+    "register_interface",
+]
 
 #: transformers asks for packed sequences where the name has "flash" in it.
 ATTENTION_NAME = "vlmops_flash"
@@ -56,7 +62,12 @@ class PatchedPackedAttention(Patched):
         return positions is not None and not needs_grad(self, x)
 
     def fused(
-        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, max_seqlen: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: Any = None,
+        max_seqlen: Any = None,
+        **kwargs: Any,
     ) -> Tensor:
         tokens = hidden_states.shape[0]
         qkv = ops.linear(hidden_states, self.qkv.weight, self.qkv.bias).view(tokens, 3, self.num_heads, -1)
@@ -87,7 +98,8 @@ class PatchedDenseAttention(Patched):
         names = self.__dict__[KEY].children
         x = hidden_states.reshape(batch * length, -1)
         q, k, v = (
-            ops.linear(x, modules[name].weight, modules[name].bias).view(batch * length, -1, facts["head_dim"]) for name in names[:3]
+            ops.linear(x, modules[name].weight, modules[name].bias).view(batch * length, -1, facts["head_dim"])
+            for name in names[:3]
         )
         cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=x.device)
         out = ops.varlen_attention(q, k, v, cu, scale=facts["scale"], max_seqlen_q=length, max_seqlen_k=length)
@@ -106,12 +118,17 @@ class PatchedPixtralAttention(Patched):
         return kwargs.get("cu_seq_lens_q") is not None and positions is not None
 
     def fused(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings: Any = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         x = hidden_states[0]
         tokens = x.shape[0]
         q, k, v = (
-            project(x, self._modules[name]).view(tokens, self.num_heads, self.head_dim) for name in ("q_proj", "k_proj", "v_proj")
+            project(x, self._modules[name]).view(tokens, self.num_heads, self.head_dim)
+            for name in ("q_proj", "k_proj", "v_proj")
         )
         cos, sin = position_embeddings
         longest = kwargs.get("max_length_q")

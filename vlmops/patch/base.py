@@ -26,6 +26,7 @@ class Record:
         operation: the op it runs, e.g. "mlp".
         backend: "auto" or a forced one.
         children: attribute paths of the linears whose plainness every call checks.
+        covered: paths of the submodules its fused forward runs for: they are not patched on their own.
         facts: what the mixin computed once (activation name, heads, ...).
         verify: compare with the original at the next call.
         status: "patched", or why the original runs again.
@@ -35,6 +36,7 @@ class Record:
     operation: str
     backend: str = "auto"
     children: tuple[str, ...] = ()
+    covered: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     verify: bool = False
     status: str = "patched"
@@ -95,4 +97,6 @@ class Patched:
 
 def needs_grad(module: nn.Module, *tensors: Tensor) -> bool:
     """Whether autograd will ask for a gradient through this module: then the original runs (it is what was trained with)."""
-    return torch.is_grad_enabled() and (any(t.requires_grad for t in tensors) or next(iter(module.parameters())).requires_grad)
+    return torch.is_grad_enabled() and (
+        any(t.requires_grad for t in tensors) or next(iter(module.parameters())).requires_grad
+    )

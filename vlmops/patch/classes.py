@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,7 @@ def register_mixin(kind: str, mixin: type) -> None:
     MIXINS[kind] = mixin
 
 
-@lru_cache(maxsize=None)
+@cache
 def patched_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
     """``original`` with the fused forward of ``kind`` in front of it: same class object every time.
 
@@ -51,7 +51,6 @@ def __getattr__(name: str) -> Any:
     kind, _, rest = name.partition("|")
     if not rest:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import vlmops.patch.find  # registers every mixin
 
     *path, cls = rest.split("|")
     return patched_class(kind, getattr(importlib.import_module(".".join(path)), cls))

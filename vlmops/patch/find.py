@@ -105,7 +105,13 @@ def _norm(module: nn.Module) -> tuple[str, Record] | None:
     eps = getattr(module, "variance_epsilon", None)
     weight = module._parameters.get("weight")
     only = len(module._parameters) == 1 and not module._modules and not module._buffers
-    if type(module).__name__.endswith("RMSNorm") and isinstance(eps, float) and only and weight is not None and weight.dim() == 1:
+    if (
+        type(module).__name__.endswith("RMSNorm")
+        and isinstance(eps, float)
+        and only
+        and weight is not None
+        and weight.dim() == 1
+    ):
         return "rms_norm", Record("norms", facts={"dtype": layers.weight_dtype, "eps": eps})
     return None
 
@@ -160,7 +166,7 @@ def _attention(module: nn.Module) -> Candidate | None:
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if name in DENSE_ATTENTION:
-        children = DENSE_ATTENTION[name]
+        children: tuple[str, ...] = DENSE_ATTENTION[name]
         facts = {"dropout": attention.plain_dropout, "head_dim": module.head_dim, "scale": float(module.scale)}
         kind = "dense_attention"
     elif name in PACKED_ATTENTION:
@@ -199,6 +205,9 @@ def find(model: nn.Module) -> Iterator[Candidate]:
     """Every module that could be replaced, in order; modules inside a fused one are not listed again."""
     covered: set[str] = set()
     for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if original_class(module) is not None:  # patched before
+            covered.update(prefix + name for name in module.__dict__[KEY].covered)
         if path in covered or original_class(module) is not None:
             continue
         found = _attention(module) or _merger(module) or _mlp(module) or _leaf(module)
@@ -207,5 +216,6 @@ def find(model: nn.Module) -> Iterator[Candidate]:
         found.path = path
         found.why_not = touched(module) or found.why_not
         if not found.why_not:
-            covered.update(f"{path}.{name}" if path else name for name in found.covered)
+            found.record.covered = found.covered
+            covered.update(prefix + name for name in found.covered)
         yield found

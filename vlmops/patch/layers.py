@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmops import ops
 from vlmops.patch.base import KEY, Patched, is_plain, needs_grad, plain_norm
@@ -91,7 +91,14 @@ class PatchedMerger(Patched):
         facts = self.__dict__[KEY].facts
         norm = (facts["norm"], self.ln_q.weight, getattr(self.ln_q, "bias", None), facts["eps"])
         return ops.mlp(
-            x, first.weight, first.bias, second.weight, second.bias, activation=facts["activation"], norm=norm, gather="merge2x2"
+            x,
+            first.weight,
+            first.bias,
+            second.weight,
+            second.bias,
+            activation=facts["activation"],
+            norm=norm,
+            gather="merge2x2",
         )
 
 
@@ -102,7 +109,9 @@ class PatchedConv(Patched):
         if len(args) != 1 or kwargs or not runs_fused(self, args[0]):
             return False
         x = args[0]
-        return x.dim() == self.weight.dim() and all(size % k == 0 for size, k in zip(x.shape[2:], self.kernel_size, strict=True))
+        return x.dim() == self.weight.dim() and all(
+            size % k == 0 for size, k in zip(x.shape[2:], self.kernel_size, strict=True)
+        )
 
     def fused(self, x: Tensor) -> Tensor:
         weight = self.weight
@@ -136,4 +145,3 @@ for kind, mixin in {
     "merger": PatchedMerger, "patchify": PatchedConv, "skip": SkippedLayer,
 }.items():  # fmt: skip
     register_mixin(kind, mixin)
-

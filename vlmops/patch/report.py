@@ -57,9 +57,15 @@ class PatchReport:
             key = (row.cls, row.operation, row.backend, row.status, row.why)
             groups[key] = groups.get(key, 0) + 1
         table = [("modules", "class", "operation", "backend", "status")]
-        table += [(str(n), cls, op, backend, f"{status}: {why}" if why else status) for (cls, op, backend, status, why), n in groups.items()]
+        table += [
+            (str(n), cls, op, backend, f"{status}: {why}" if why else status)
+            for (cls, op, backend, status, why), n in groups.items()
+        ]
         widths = [max(len(line[i]) for line in table) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4]]).rstrip() for line in table]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[4]]).rstrip()
+            for line in table
+        ]
         if len(table) == 1:
             lines = ["nothing to patch was found"] if not self.notes else []
         if self.packed_bytes:

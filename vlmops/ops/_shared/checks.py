@@ -43,7 +43,9 @@ def check_same_device(name: str, x: Tensor, device: torch.device, other: str) ->
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int | None], layout: str = "") -> None:
     """ValueError unless x has this shape (None: any size)."""
-    if x.dim() != len(shape) or any(want is not None and have != want for have, want in zip(x.shape, shape, strict=True)):
+    if x.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+    ):
         words = layout or str([("?" if s is None else s) for s in shape])
         raise ValueError(f"{name}: expected shape {words}, got {describe(x)}")
 

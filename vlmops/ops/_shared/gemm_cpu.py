@@ -46,12 +46,13 @@ def why_not_gemm(x: Tensor, *weights: Tensor) -> str | None:
     if x.numel() == 0:
         return "no rows"
     for w in weights:
-        if w.dtype != x.dtype or not w.is_contiguous() or w.is_meta or min(w.shape) < SMALLEST:
+        if w.dtype != x.dtype or not w.is_contiguous() or w.is_meta or min(w.shape[0], w[0].numel()) < SMALLEST:
             return f"a weight that is not contiguous, not {str(x.dtype)[6:]} or under {SMALLEST} wide: {list(w.shape)}"
     return None
 
 
 def _pack(weight: Tensor) -> Tensor:
+    weight = weight.flatten(1)  # a convolution whose kernel is its stride is a product, too
     return torch.ops.mkldnn._reorder_linear_weight(weight.float() if weight.dtype == torch.float16 else weight, ROWS_HINT)
 
 
@@ -60,7 +61,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = ""
 
     Args:
         x: [rows, K] contiguous; float32 for a float16 weight.
-        weight: [N, K].
+        weight: [N, K], or [N, ...] with K elements a row.
         bias: [N] in weight's dtype, or None.
         activation: one of ``FUSED``.
 
@@ -69,7 +70,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = ""
     """
     packed = STORE.get(weight, "onednn", _pack)
     if packed is None:
-        packed = weight.detach()
+        packed = weight.detach().flatten(1)
     if weight.dtype == torch.float16:
         packed = packed.float() if packed.dtype == torch.float16 else packed
         bias = None if bias is None else bias.float()

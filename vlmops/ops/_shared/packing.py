@@ -120,7 +120,9 @@ class PackedStore:
         seen[key] = weakref.ref(owner, forget)
         return False
 
-    def _pack(self, weight: Tensor, owner: Tensor, key: tuple[int, Hashable], pack: Callable[[Tensor], Tensor]) -> Tensor | None:
+    def _pack(
+        self, weight: Tensor, owner: Tensor, key: tuple[int, Hashable], pack: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
         with self._lock:
             self._drop(key)
             if not self._make_room(weight.numel() * weight.element_size()):

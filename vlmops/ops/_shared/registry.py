@@ -15,6 +15,7 @@ forward travels as the last argument, so a backward that runs later, elsewhere, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -141,13 +142,17 @@ class Op:
         else:
             result = self._recompute(module, grads, inputs, needs)
         return tuple(
-            torch.zeros_like(inputs[i], memory_format=torch.contiguous_format) if need and grad is None
-            else grad.to(inputs[i].dtype).contiguous() if need and grad is not None
+            torch.zeros_like(inputs[i], memory_format=torch.contiguous_format)
+            if need and grad is None
+            else grad.to(inputs[i].dtype).contiguous()
+            if need and grad is not None
             else grads_placeholder(grads)
             for i, need, grad in zip(self.diff, needs, result, strict=True)
         )
 
-    def _recompute(self, module: ModuleType, grads: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]):
+    def _recompute(
+        self, module: ModuleType, grads: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]
+    ):
         """Gradients by running the module's forward again under autograd."""
         inputs = list(inputs)
         wanted = [i for i, need in zip(self.diff, needs, strict=True) if need]
@@ -157,9 +162,13 @@ class Op:
             outputs = module.forward(*inputs)
             outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
-            ) if pairs else [None] * len(wanted)
+            found = (
+                torch.autograd.grad(
+                    [o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs], allow_unused=True
+                )
+                if pairs
+                else [None] * len(wanted)
+            )
         by_arg = dict(zip(wanted, found, strict=True))
         return [by_arg.get(i) for i in self.diff]
 
@@ -167,7 +176,8 @@ class Op:
         *rest, needs, _ = args
         inputs = rest[self.num_outputs + len(self.saved_outputs) :]
         return tuple(
-            torch.empty_like(inputs[i], memory_format=torch.contiguous_format) if need
+            torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            if need
             else grads_placeholder(rest[: self.num_outputs])
             for i, need in zip(self.diff, needs, strict=True)
         )
@@ -254,10 +264,17 @@ class Op:
         return found
 
     def _raw_key(self, args: Sequence[Any]) -> Any:
-        return (torch.get_num_threads(), *[
-            (a.shape, a.dtype, a.device, a.stride()) if isinstance(a, Tensor) else tuple(a) if isinstance(a, list) else a
-            for a in args
-        ])
+        return (
+            torch.get_num_threads(),
+            *[
+                (a.shape, a.dtype, a.device, a.stride())
+                if isinstance(a, Tensor)
+                else tuple(a)
+                if isinstance(a, list)
+                else a
+                for a in args
+            ],
+        )
 
     def _decide(self, args: Sequence[Any]) -> str:
         device = next(a.device for a in args if isinstance(a, Tensor))
@@ -266,7 +283,7 @@ class Op:
             return "torch"
         if len(order) == 1 or (self.tiny is not None and self.tiny(*args)):
             return order[0]
-        calls = {name: (lambda module=self.module(name): module.forward(*args)) for name in order}
+        calls = {name: functools.partial(self.module(name).forward, *args) for name in order}
         return choice.decide(self.name, self._bucketed_key(args), calls, order, device)
 
     def _bucketed_key(self, args: Sequence[Any]) -> str:

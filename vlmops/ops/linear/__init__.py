@@ -28,7 +28,6 @@ OP = Op(
     differentiable=["x", "weight", "bias", "gate", "residual"],
     fake=_fake,
     autocast=["x", "weight", "bias", "gate", "residual"],
-    tiny=lambda x, weight, *_: x.numel() * weight.shape[0] < 1 << 20,
 )
 
 
@@ -71,10 +70,12 @@ def linear(
     for name, t, shape in (("weight", weight, weight.shape), ("bias", bias, (n,)), ("residual", residual, (*rows, n))):
         check_part(name, t, shape, x, cast)
     if gate is not None:
+        checks.check_tensor("gate", gate)
         check_part("gate", gate, gate.shape, x, cast)
         if gate.numel() != 1 and gate.shape != (n,):
             raise ValueError(f"gate: expected a scalar or [{n}], got {checks.describe(gate)}")
     if row_mask is not None:
+        checks.check_tensor("row_mask", row_mask)
         checks.check_shape("row_mask", row_mask, rows)
         checks.check_same_device("row_mask", row_mask, x.device, "x")
         if row_mask.dtype != torch.bool:
@@ -87,6 +88,8 @@ def check_part(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor, c
     """A tensor argument's shape, device and (outside autocast) dtype against x."""
     if t is None:
         return
+    if isinstance(t, Tensor) and t.shape == shape and t.dtype == x.dtype and t.device == x.device:
+        return  # the usual case costs one comparison each, the message of what is wrong is worked out below
     checks.check_tensor(name, t)
     checks.check_shape(name, t, shape)
     checks.check_same_device(name, t, x.device, "x")

@@ -42,7 +42,6 @@ OP = Op(
     fake=_fake,
     autocast=["x", "w1", "b1", "w2", "b2", "w_gate", "b_gate", "residual", "norm_weight", "norm_bias", "mid_weight",
               "mid_bias", "layer_scale"],
-    tiny=lambda x, w1, *_: x.numel() * w1.shape[0] < 1 << 20,
 )  # fmt: skip
 
 

@@ -18,7 +18,9 @@ from vlmops.ops.linear import check_part, no_grad_wanted
 __all__ = ["patchify"]
 
 
-def _fake(images: Tensor, weight: Tensor, bias: Any, position: Any, mean: Any, std: Any, patch: int, frames: int, *args: Any) -> Tensor:
+def _fake(
+    images: Tensor, weight: Tensor, bias: Any, position: Any, mean: Any, std: Any, patch: int, frames: int, *args: Any
+) -> Tensor:
     if images.dim() == 2:
         return weight.new_empty(images.shape[0], weight.shape[0])
     n, t, _, h, w = images.shape
@@ -81,7 +83,9 @@ def patchify(
     checks.check_tensor("weight", weight, layout="[E, C, P, P]")
     checks.check_floating("weight", weight)
     if patch_size < 1 or temporal_patch_size < 1:
-        raise ValueError(f"patch_size: expected at least 1, got {patch_size} and temporal_patch_size {temporal_patch_size}")
+        raise ValueError(
+            f"patch_size: expected at least 1, got {patch_size} and temporal_patch_size {temporal_patch_size}"
+        )
     if order not in ("raster", "merge2x2"):
         raise ValueError(f'order: expected "raster" or "merge2x2", got {order!r}')
     if channels_last and weight.dim() != 2:
@@ -105,7 +109,9 @@ def _channels(k: int, patch_size: int, temporal_patch_size: int) -> int:
     """C from the length of a patch vector; ValueError if it does not divide."""
     area = patch_size * patch_size * temporal_patch_size
     if k % area:
-        raise ValueError(f"weight: expected rows of C * {temporal_patch_size} * {patch_size} * {patch_size} elements, got {k}")
+        raise ValueError(
+            f"weight: expected rows of C * {temporal_patch_size} * {patch_size} * {patch_size} elements, got {k}"
+        )
     return k // area
 
 
@@ -130,7 +136,9 @@ def _run(
         k *= size
     c = _channels(k, patch_size, temporal_patch_size)
     if images.dim() == 5 and images.shape[2] != c:
-        raise ValueError(f"images: expected {c} channels for weight {list(weight.shape)}, got {checks.describe(images)}")
+        raise ValueError(
+            f"images: expected {c} channels for weight {list(weight.shape)}, got {checks.describe(images)}"
+        )
     if images.dim() == 2 and images.shape[1] != k:
         raise ValueError(f"images: expected [N, {k}] for weight {list(weight.shape)}, got {checks.describe(images)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
@@ -144,7 +152,9 @@ def _run(
         groups = images.shape[0] if images.dim() == 5 else 1
         per_image = tokens // groups if groups else 0
         if position.dim() != 2 or position.shape[1] != e or position.shape[0] not in (tokens, per_image):
-            raise ValueError(f"position: expected [{per_image}, {e}] or [{tokens}, {e}], got {checks.describe(position)}")
+            raise ValueError(
+                f"position: expected [{per_image}, {e}] or [{tokens}, {e}], got {checks.describe(position)}"
+            )
     inference = no_grad_wanted(images, weight, bias, position)
     return OP(
         images, weight, bias, position, _statistics("mean", mean, c), _statistics("std", std, c), patch_size,
@@ -153,13 +163,24 @@ def _run(
 
 
 def _flattened(
-    images: Tensor, weight: Tensor, grid_thw: Tensor | None, position: Tensor | None, *, crop: bool, order: str, **options: Any
+    images: Tensor,
+    weight: Tensor,
+    grid_thw: Tensor | None,
+    position: Tensor | None,
+    *,
+    crop: bool,
+    order: str,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     if grid_thw is None:
         raise ValueError("grid_thw: needed for flattened images [N, K]")
     checks.check_tensor("grid_thw", grid_thw, dim=2, layout="[n, 3]")
     checks.check_shape("grid_thw", grid_thw, (None, 3), "[n, 3]")
-    if not torch.compiler.is_compiling() and grid_thw.device.type == "cpu" and int(grid_thw.prod(1).sum()) != images.shape[0]:
+    if (
+        not torch.compiler.is_compiling()
+        and grid_thw.device.type == "cpu"
+        and int(grid_thw.prod(1).sum()) != images.shape[0]
+    ):
         raise ValueError(f"grid_thw: expected {images.shape[0]} patches in all, got {int(grid_thw.prod(1).sum())}")
     return _run(images, weight, position=position, order="raster", **options), grid_thw
 
@@ -168,7 +189,9 @@ def _fit(h: int, w: int, patch: int, order: str, crop: bool) -> tuple[int, int]:
     """Height and width that are cut into patches; ValueError for a size that does not fit."""
     unit = patch * (2 if order == "merge2x2" else 1)
     if (h % unit or w % unit) and not crop:
-        raise ValueError(f"images: expected height and width to be multiples of {unit}, got {h}x{w} (crop=True cuts them)")
+        raise ValueError(
+            f"images: expected height and width to be multiples of {unit}, got {h}x{w} (crop=True cuts them)"
+        )
     return h - h % unit, w - w % unit
 
 
