@@ -14,6 +14,7 @@
 #include "bindings/epilogue.h"
 #include "bindings/norms.h"
 #include "bindings/patchify.h"
+#include "bindings/rotary.h"
 #include "bindings/varlen_attention.h"
 
 namespace {

@@ -8,6 +8,7 @@ from vlmops.ops.mlp import mlp
 from vlmops.ops.norms import layer_norm, rms_norm
 from vlmops.ops.patchify import patchify
 from vlmops.ops.perceiver_attention import perceiver_attention
+from vlmops.ops.rotary import mrope_tables, pixtral_rotary_tables, rotary, vision_rotary_tables
 from vlmops.ops.varlen_attention import varlen_attention
 
 __all__ = [
@@ -17,8 +18,12 @@ __all__ = [
     "linear_cross_entropy",
     "merge_tokens",
     "mlp",
+    "mrope_tables",
     "patchify",
     "perceiver_attention",
+    "pixtral_rotary_tables",
     "rms_norm",
+    "rotary",
     "varlen_attention",
+    "vision_rotary_tables",
 ]

@@ -128,7 +128,7 @@ class Op:
             backend = self.resolve(rest)
         return self.module(backend).forward(*rest)
 
-    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         *rest, needs, backend = args
         n, m = self.num_outputs, len(self.saved_outputs)
         grads, outs, inputs = rest[:n], rest[n : n + m], rest[n + m :]
@@ -141,7 +141,7 @@ class Op:
             result = module.backward(grads, outs, inputs, needs)
         else:
             result = self._recompute(module, grads, inputs, needs)
-        return tuple(
+        found = tuple(
             torch.zeros_like(inputs[i], memory_format=torch.contiguous_format)
             if need and grad is None
             else grad.to(inputs[i].dtype).contiguous()
@@ -149,6 +149,7 @@ class Op:
             else grads_placeholder(grads)
             for i, need, grad in zip(self.diff, needs, result, strict=True)
         )
+        return found if len(found) > 1 else found[0]  # a schema of one return wants a tensor, not a tuple of one
 
     def _recompute(
         self, module: ModuleType, grads: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]
@@ -172,15 +173,16 @@ class Op:
         by_arg = dict(zip(wanted, found, strict=True))
         return [by_arg.get(i) for i in self.diff]
 
-    def _fake_backward(self, *args: Any) -> tuple[Tensor, ...]:
+    def _fake_backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         *rest, needs, _ = args
         inputs = rest[self.num_outputs + len(self.saved_outputs) :]
-        return tuple(
+        found = tuple(
             torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
             if need
             else grads_placeholder(rest[: self.num_outputs])
             for i, need in zip(self.diff, needs, strict=True)
         )
+        return found if len(found) > 1 else found[0]
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
