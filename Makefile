@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# find, not git ls-files: a source archive has no .git, and a new file is checked before it is added
+CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
 .PHONY: help demo test check bench tiny-model test-asan format clean
 
@@ -28,12 +30,12 @@ check: $(STAMP) ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy vlmops
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 
 format: $(STAMP) ## rewrite everything to the house format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $(CSRC)
 
 bench: $(STAMP) ## every performance bar with its figure (quiet machine, please)
 	$(BIN)/vlmops bench

@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: csrc travels in the wheel, and the CPU kernels are built ahead of time where possible.
 
 `pip install .` builds in an isolated environment without torch: the result is a pure-Python wheel that carries
-`vlmops/_csrc` and builds at first use. `pip install --no-build-isolation .` sees torch and, with a compiler, puts
-the built library into `vlmops/_native` (a platform wheel). VLMOPS_BUILD_NATIVE=0 or 1 forces either.
+`vlmops/_csrc` and builds at first use. `pip install --no-build-isolation .` sees torch and, with a compiler and ninja,
+puts the built library into `vlmops/_native` (a platform wheel). VLMOPS_BUILD_NATIVE=0 or 1 forces either.
 """
 
 import importlib.util
@@ -24,7 +24,10 @@ def native_wanted() -> bool:
     """Whether to build the library now."""
     if WANTED in ("0", "1"):
         return WANTED == "1"
-    return sys.platform == "linux" and importlib.util.find_spec("torch") is not None and shutil.which("c++") is not None
+    here = sys.platform == "linux" and importlib.util.find_spec("torch") is not None
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    ninja = importlib.util.find_spec("ninja") is not None or shutil.which("ninja") is not None
+    return here and compiler is not None and ninja
 
 
 class BuildPy(build_py):
@@ -42,19 +45,21 @@ class BuildPy(build_py):
 
     def build_native(self, package: Path) -> None:
         sys.path.insert(0, str(HERE))
-        import torch
-
         from vlmops.backends import build
 
-        plan = build.plan(HERE / "csrc")
         target = package / "_native"
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as work:
-            built = build.build(
-                plan, Path(work), lambda done, total: print(f"vlmops: compiled {done}/{total}", flush=True)
-            )
-            shutil.copy2(built, target / build.LIBRARY)
-        (target / "torch-version").write_text(torch.__version__ + "\n")
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            plan = build.plan(HERE / "csrc")
+            with tempfile.TemporaryDirectory() as work:
+                built = build.build(plan, Path(work), lambda done, total: print(f"vlmops: compiled {done}/{total}"))
+                target.mkdir(parents=True)
+                shutil.copy2(built, target)
+            build.stamp(plan, target)
+        except build.BuildError as err:
+            if WANTED == "1":
+                raise
+            print(f"vlmops: the CPU kernels are left to first use: {err}", file=sys.stderr)
 
 
 class NativeDistribution(Distribution):

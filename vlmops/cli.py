@@ -34,7 +34,9 @@ def main(
 @app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON for scripts.")] = False,
-    build: Annotated[bool, typer.Option("--build", help="Build the native CPU kernels now if they are not there.")] = False,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build the native CPU kernels now if they are not there.")
+    ] = False,
 ) -> None:
     """Machine, instruction sets, compilers, backends and what the missing ones need, cache folders."""
     from vlmops.backends.probe import report
@@ -50,11 +52,13 @@ def info(
     for name in ("vlmops", "python", "torch", "transformers", "triton", "platform", "cpu", "cores", "threads"):
         facts.add_row(name, str(data[name] if data[name] is not None else "not installed"))
     facts.add_row("instruction sets", ", ".join(data["instruction_sets"]) or "baseline")
+    facts.add_row("caches", ", ".join(f"{name} {size}" for name, size in data["cpu_caches"].items()) or "unknown")
     facts.add_row("memory", f"{data['memory_gib']} GiB")
     facts.add_row("gpus", ", ".join(data["gpus"]) or "none")
     for name, path in data["compilers"].items():
-        facts.add_row(name, path or "not found")
-    facts.add_row("cache", f"{data['cache']['folder']} ({data['cache']['bytes'] / 2**20:.1f} MiB)")
+        facts.add_row("compiler used" if name == "used" else name, path or "not found")
+    sizes = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sorted(data["cache"]["bytes"].items()))
+    facts.add_row("cache folder", f"{data['cache']['folder']} ({sizes or 'empty'})")
     console.print(facts)
     table = Table("backend", "available", "what it is, or what is missing", title="backends")
     for row in data["backends"]:

@@ -16,7 +16,7 @@ struct Epilogue {
   const unsigned char* mask;  // [rows]; null: every row counts
   float factor;
   long long cols;
-  int product_dtype;          // dtype, or float32
+  int product_dtype;  // dtype, or float32
   int dtype;
   int activation;
 };

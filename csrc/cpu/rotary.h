@@ -1,20 +1,27 @@
-// Rotary position embedding of [T, H, D].
+// Rotary position embedding of [T, H, D], of q and k in one pass over the tokens.
 #pragma once
 
 #include "isa.h"
 
 namespace vlmops {
 
-struct Rotary {
+struct RotaryHeads {
   const void* x;
   long long stride_t, stride_h;  // elements; a head's elements are dense
-  const float* cos;              // [T, dim]
-  const float* sin;
   void* out;                     // [T, heads, dim] dense
   long long heads;
-  long long dim;                 // even
+};
+
+struct Rotary {
+  RotaryHeads parts[2];
+  int num_parts;
+  const float* cos;              // [T, turned]
+  const float* sin;
+  long long dim;
+  long long turned;              // elements of a head that turn, even; the rest is copied
   int dtype;
   int interleaved;
+  int inverse;                   // the transpose: what a gradient needs
 };
 
 }  // namespace vlmops

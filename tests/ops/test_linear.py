@@ -54,9 +54,16 @@ def test_epilogues(backend, dtype, epilogue):
         "vector gate": dict(gate=torch.randn(48)),
         "mask": dict(row_mask=torch.rand(2, 9) > 0.5),
     }
-    kwargs = {k: v for name, part in parts.items() if epilogue in (name, "all") and not (epilogue == "all" and name == "gate") for k, v in part.items()}
+    kwargs = {
+        k: v
+        for name, part in parts.items()
+        if epilogue in (name, "all") and not (epilogue == "all" and name == "gate")
+        for k, v in part.items()
+    }
     for activation in (None, "quick_gelu", "gelu"):
-        check_op(linear, make((2, 9)), {**kwargs, "activation": activation}, backend=backend, dtype=dtype, lowprec=plain)
+        check_op(
+            linear, make((2, 9)), {**kwargs, "activation": activation}, backend=backend, dtype=dtype, lowprec=plain
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +87,9 @@ def test_random_shapes(rows, k, n, bias, activation, strided):
     if strided:
         x = torch.randn(*rows, 2 * k)[..., ::2]
     for backend in ["torch", *(["cpu"] if x.numel() and min(k, n) >= 16 else [])]:
-        check_op(linear, (x, weight, b), dict(activation=activation), backend=backend, dtype=torch.float32, lowprec=plain)
+        check_op(
+            linear, (x, weight, b), dict(activation=activation), backend=backend, dtype=torch.float32, lowprec=plain
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 300])
@@ -91,7 +100,10 @@ def test_one_packed_weight_serves_every_row_count(rows, dtype):
 
 def test_gradcheck_of_the_reference():
     x, w, b = (t.detach().double().requires_grad_() for t in make((3,), 4, 5))
-    gate, residual = torch.randn(5, dtype=torch.float64, requires_grad=True), torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    gate, residual = (
+        torch.randn(5, dtype=torch.float64, requires_grad=True),
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True),
+    )
     with vlmops.use_backend("reference"):
         assert torch.autograd.gradcheck(
             lambda *a: linear(*a[:3], activation="gelu", gate=a[3], residual=a[4]), (x, w, b, gate, residual)
@@ -102,7 +114,10 @@ def test_opcheck():
     x, w, b = make(grad=True)
     residual = torch.randn(5, 48, requires_grad=True)
     opcheck(torch.ops.vlmops.linear.default, (x, w, b, "gelu", None, None, residual, False, "torch"))
-    opcheck(torch.ops.vlmops.linear.default, (x, w, None, "", torch.tensor(0.3), torch.ones(5, dtype=torch.bool), None, False, "torch"))
+    opcheck(
+        torch.ops.vlmops.linear.default,
+        (x, w, None, "", torch.tensor(0.3), torch.ones(5, dtype=torch.bool), None, False, "torch"),
+    )
 
 
 def test_compile_has_no_graph_break():
@@ -133,7 +148,9 @@ def test_packed_weights_are_not_used_where_a_gradient_is_wanted():
 
 
 def everything(n=48, rows=9):
-    return dict(activation="quick_gelu", gate=torch.randn(n), row_mask=torch.rand(rows) > 0.5, residual=torch.randn(rows, n))
+    return dict(
+        activation="quick_gelu", gate=torch.randn(n), row_mask=torch.rand(rows) > 0.5, residual=torch.randn(rows, n)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,7 +186,9 @@ for dtype in DTYPES:
         check_op(linear, make((9,), 40, n), everything(n), backend="cpu", dtype=dtype, lowprec=plain)
 print(native.isa())
 """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "VLMOPS_CPU_ISA": isa}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "VLMOPS_CPU_ISA": isa}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == isa
 
@@ -188,7 +207,9 @@ print(native.isa())
     ],
 )
 def test_the_native_epilogue_checks_its_arguments(change, message):
-    args = dict(product=torch.zeros(5, 8), out=torch.zeros(5, 8), quick_gelu=True, scale=None, row_mask=None, residual=None)
+    args = dict(
+        product=torch.zeros(5, 8), out=torch.zeros(5, 8), quick_gelu=True, scale=None, row_mask=None, residual=None
+    )
     with pytest.raises((ValueError, TypeError), match=message):
         torch.ops.vlmops_cpu.epilogue(**{**args, **change})
 

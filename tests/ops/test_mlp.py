@@ -30,7 +30,11 @@ def plain(x, w1, b1, w2, b2, *, activation, w_gate=None, b_gate=None, residual=N
           layer_scale=None):  # fmt: skip
     """What a model's own code computes, differentiated by autograd."""
     x, linear = norm_of(x, norm), nn.functional.linear
-    h = activate(linear(x, w1, b1), activation) if w_gate is None else activate(linear(x, w_gate, b_gate), activation) * linear(x, w1, b1)
+    h = (
+        activate(linear(x, w1, b1), activation)
+        if w_gate is None
+        else activate(linear(x, w_gate, b_gate), activation) * linear(x, w1, b1)
+    )
     y = linear(norm_of(h, mid_norm), w2, b2)
     y = y if layer_scale is None else y * layer_scale
     return y if residual is None else residual + y
@@ -56,13 +60,29 @@ def extras(name, grad=False, rows=(8,), c=32, h=64, n=48, wide=1):
         "layer_norm": dict(norm=("layer_norm", leaf(c), leaf(c), 1e-5)),
         "rms_norm": dict(norm=("rms_norm", leaf(c), None, 1e-6)),
         "mid_norm": dict(mid_norm=("layer_norm", leaf(h), leaf(h), 1e-5)),
-        "everything": dict(w_gate=leaf(h, c * wide, scale=0.2), b_gate=leaf(h), norm=("layer_norm", leaf(c), leaf(c), 1e-5),
-                           mid_norm=("rms_norm", leaf(h), None, 1e-6), layer_scale=leaf(n), residual=leaf(*rows, n)),
+        "everything": dict(
+            w_gate=leaf(h, c * wide, scale=0.2),
+            b_gate=leaf(h),
+            norm=("layer_norm", leaf(c), leaf(c), 1e-5),
+            mid_norm=("rms_norm", leaf(h), None, 1e-6),
+            layer_scale=leaf(n),
+            residual=leaf(*rows, n),
+        ),
         "layer_scale": dict(layer_scale=leaf(n), residual=leaf(*rows, n)),
     }[name]
 
 
-EXTRAS = ["plain", "gated", "gated, no bias", "residual", "layer_norm", "rms_norm", "mid_norm", "layer_scale", "everything"]
+EXTRAS = [
+    "plain",
+    "gated",
+    "gated, no bias",
+    "residual",
+    "layer_norm",
+    "rms_norm",
+    "mid_norm",
+    "layer_scale",
+    "everything",
+]
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -76,8 +96,8 @@ def test_activations(backend, dtype, activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", EXTRAS)
 def test_surroundings(backend, dtype, name):
-    check_op(mlp, make((8,), biases=name != "gated, no bias"), dict(activation="silu", **extras(name)), backend=backend, dtype=dtype,
-             lowprec=plain)  # fmt: skip
+    args, kwargs = make((8,), biases=name != "gated, no bias"), dict(activation="silu", **extras(name))
+    check_op(mlp, args, kwargs, backend=backend, dtype=dtype, lowprec=plain)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,8 +139,20 @@ def test_gradients_of_gathers():
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_gathers(backend):
-    check_op(mlp, make((8,), wide=4), dict(activation="gelu", gather="merge2x2", **extras("layer_norm")), backend=backend, dtype=torch.float32)
-    check_op(mlp, make((2, 24), wide=4), dict(activation="gelu", gather=("pixel_shuffle", 4, 6)), backend=backend, dtype=torch.float32)
+    check_op(
+        mlp,
+        make((8,), wide=4),
+        dict(activation="gelu", gather="merge2x2", **extras("layer_norm")),
+        backend=backend,
+        dtype=torch.float32,
+    )
+    check_op(
+        mlp,
+        make((2, 24), wide=4),
+        dict(activation="gelu", gather=("pixel_shuffle", 4, 6)),
+        backend=backend,
+        dtype=torch.float32,
+    )
 
 
 def test_pixel_shuffle_is_transformers_own_order():
@@ -159,13 +191,22 @@ def test_chunks_agree_with_the_whole(monkeypatch):
     monkeypatch.setattr(cpu, "LEAST_ROWS", 100)
     for dtype in DTYPES:
         for kwargs in ({}, extras("everything", rows=(250,))):
-            check_op(mlp, make((250,)), dict(activation="quick_gelu", **kwargs), backend="cpu", dtype=dtype, lowprec=plain)
+            check_op(
+                mlp, make((250,)), dict(activation="quick_gelu", **kwargs), backend="cpu", dtype=dtype, lowprec=plain
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_a_compiler(monkeypatch, dtype):
     monkeypatch.setattr(native, "available", lambda: False)
-    check_op(mlp, make((8,)), dict(activation="quick_gelu", **extras("everything")), backend="cpu", dtype=dtype, lowprec=plain)
+    check_op(
+        mlp,
+        make((8,)),
+        dict(activation="quick_gelu", **extras("everything")),
+        backend="cpu",
+        dtype=dtype,
+        lowprec=plain,
+    )
 
 
 def test_autocast():
@@ -197,7 +238,8 @@ def test_gradcheck_of_the_reference():
     norm = torch.randn(3, dtype=torch.float64, requires_grad=True)
     with vlmops.use_backend("reference"):
         assert torch.autograd.gradcheck(
-            lambda *a: mlp(*a[:5], activation="silu", w_gate=a[5], norm=("rms_norm", a[6], None, 1e-6)), (*args, gate, norm)
+            lambda *a: mlp(*a[:5], activation="silu", w_gate=a[5], norm=("rms_norm", a[6], None, 1e-6)),
+            (*args, gate, norm),
         )
 
 
@@ -222,8 +264,10 @@ def test_equals_the_llava_projector():
     from transformers import LlavaConfig
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    config = LlavaConfig(vision_config=dict(model_type="clip_vision_model", hidden_size=32, num_attention_heads=4),
-        text_config=dict(model_type="llama", hidden_size=48, num_attention_heads=4))
+    config = LlavaConfig(
+        vision_config=dict(model_type="clip_vision_model", hidden_size=32, num_attention_heads=4),
+        text_config=dict(model_type="llama", hidden_size=48, num_attention_heads=4),
+    )
     projector = LlavaMultiModalProjector(config)
     x = torch.randn(3, 32)
     first, second = projector.linear_1, projector.linear_2

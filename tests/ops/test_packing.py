@@ -12,7 +12,7 @@ from torch import nn
 
 import vlmops
 from vlmops.ops import linear
-from vlmops.ops._shared import packing
+from vlmops.ops._shared import gemm_cpu, packing
 from vlmops.ops._shared.packing import STORE, PackedStore
 
 
@@ -42,7 +42,9 @@ def test_a_changed_parameter_is_packed_again(layer, change):
     run(layer, x)
     layer.weight.grad = torch.ones_like(layer.weight)
     CHANGES[change](layer.weight)
-    torch.testing.assert_close(run(layer, x), nn.functional.linear(x, layer.weight, layer.bias).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        run(layer, x), nn.functional.linear(x, layer.weight, layer.bias).detach(), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_load_state_dict_is_noticed(layer):
@@ -145,11 +147,28 @@ def test_the_default_budget(monkeypatch):
     assert free is None or 0 < packing._default_budget() <= free
 
 
-def test_a_weight_that_is_cast_anew_at_every_call_is_not_packed(layer):
+def test_a_weight_that_is_cast_anew_at_every_call_is_not_packed(layer, monkeypatch):
+    monkeypatch.setattr(gemm_cpu, "_pack", lambda w: pytest.fail("packed"))
     x = torch.randn(20, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outs = [run(layer, x) for _ in range(3)]
     assert outs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(outs[2].float(), layer(x).detach(), atol=3e-2, rtol=3e-2)
+
+
+def test_a_plain_tensor_that_stays_is_packed_at_its_second_use():
+    STORE.clear()
+    x, weight = torch.randn(20, 64), torch.randn(96, 64)
+    with vlmops.use_backend("cpu"):
+        outs = [linear(x, weight) for _ in range(3)]
+    assert STORE.bytes == 64 * 96 * 4
+    torch.testing.assert_close(outs[0], outs[2], atol=1e-4, rtol=1e-4)
+
+
+def test_a_parameter_that_got_other_memory_frees_the_packed_form(layer):
+    run(layer, torch.randn(20, 64))
+    layer.half()  # the same Parameter objects, other storages
+    assert vlmops.packed_bytes() == 0
     assert STORE.bytes == 0
 
 

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 __all__ = ["BuildError", "Plan", "build", "compiler", "csrc_dir", "intact", "ninja", "plan", "stamp", "targets"]
@@ -316,7 +317,10 @@ def _run_ninja(work: Path, log_path: Path, progress: Callable[[int, int], None] 
 
 
 def _what_failed(lines: list[str]) -> str:
-    """The first compiler error and what follows it, without the commands; the last lines if nothing looks like one."""
-    said = [x for x in lines if not x.startswith(("[", "FAILED:"))]
-    first = next((i for i, x in enumerate(said) if re.search(r"\berror\b|undefined reference", x)), None)
-    return "".join(said[-KEEP_LINES:] if first is None else said[first : first + KEEP_LINES]).rstrip()
+    """What the first failed command said, from its first error on; ninja's last lines if no command failed."""
+    start = next((i for i, x in enumerate(lines) if x.startswith("FAILED:")), None)
+    if start is None:
+        return "".join(lines[-KEEP_LINES:]).rstrip()
+    said = list(takewhile(lambda x: not x.startswith(("[", "FAILED:", "ninja:")), lines[start + 2 :]))  # + the command
+    first = next((i for i, x in enumerate(said) if re.search(r"\berror\b|undefined reference", x)), 0)
+    return "".join(said[first : first + KEEP_LINES]).rstrip()

@@ -6,6 +6,7 @@ unavailable, ``reason()`` says why, and one warning tells the user.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -24,7 +25,7 @@ __all__ = ["available", "define", "isa", "lib", "load", "reason"]
 
 log = logging.getLogger("vlmops")
 
-_SCHEMAS = torch.library.Library("vlmops_cpu", "DEF")  # its schemas live as long as this object
+_SCHEMAS = torch.library.Library("vlmops_cpu", "FRAGMENT")  # its schemas live as long as this object
 _defined: set[str] = set()
 _lock = threading.RLock()
 _state: str | None = None  # None: not tried; "": loaded; else why not
@@ -73,7 +74,6 @@ def cached(progress: Callable[[int, int], None] | None = None) -> Path:
         build.BuildError: it cannot be built.
     """
     plan = build.plan()
-    build.ninja()  # missing tools are no matter of folders: say so before any folder is tried
     try:
         root = cache_dir() / "native"
         return build.build(plan, root, progress)
@@ -100,32 +100,42 @@ class _Progress:
                 file=sys.stderr,
                 flush=True,
             )
-            if done == total:
-                print(file=sys.stderr)
         elif not self.started:
             log.warning("vlmops: building the CPU kernels (%d files, once per machine)", total)
         self.started = True
+
+    def close(self) -> None:
+        if self.tty and self.started:
+            print(file=sys.stderr)
+
+
+def disabled() -> str:
+    """Why the user does not want native code; empty if nobody said so."""
+    return "VLMOPS_DISABLE_NATIVE is set" if os.environ.get("VLMOPS_DISABLE_NATIVE", "") not in ("", "0") else ""
 
 
 def load() -> bool:
     """Load the library, building it at first use. True if its ops can be called. Tried once per process."""
     global _state
-    if _state is not None:
-        return _state == ""
-    with _lock:
-        if _state is None:
-            if os.environ.get("VLMOPS_DISABLE_NATIVE", "") not in ("", "0"):
-                _state = "VLMOPS_DISABLE_NATIVE is set"  # asked for: nothing to warn about
-                return False
-            try:
-                _load()
-                _state = ""
-            except Exception as err:  # whatever it is, the torch backend still works
-                _state = str(err) or repr(err)
-                log.warning(
-                    "vlmops: the native CPU kernels are not available, plain PyTorch is used instead: %s", _state
-                )
+    if _state is None:
+        with _lock:
+            if _state is None:
+                _state = _try_load()  # assigned once and last: other threads read it without the lock
     return _state == ""
+
+
+def _try_load() -> str:
+    """Empty once the library is loaded, else why not."""
+    why_not = disabled()
+    if why_not:  # asked for: nothing to warn about
+        return why_not
+    try:
+        _load()
+        return ""
+    except Exception as err:  # whatever it is, the torch backend still works
+        why_not = str(err) or repr(err)
+        log.warning("vlmops: the native CPU kernels are not available, plain PyTorch is used instead: %s", why_not)
+        return why_not
 
 
 def _load() -> None:
@@ -142,7 +152,8 @@ def _load() -> None:
             return
         except OSError as err:  # built on another kind of system: build for this one
             log.info("vlmops: %s does not load here (%s)", ready, err.__cause__ or err)
-    path = cached(_Progress())
+    with contextlib.closing(_Progress()) as progress:
+        path = cached(progress)
     try:
         torch.ops.load_library(str(path))
     except OSError as err:  # whole, as its checksum says: building it again would give the same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -42,18 +43,21 @@ def _native_path() -> Path | None:
         return ready
     try:
         path = cache_dir() / "native" / build.plan().key / build.LIBRARY
-    except (build.BuildError, OSError):
+    except (RuntimeError, OSError):  # cannot be built, or no home folder
         return None
-    return path if path.is_file() else None
+    return path if build.intact(path.parent) else None
 
 
 def _cpu(build_now: bool) -> BackendInfo:
+    if native.disabled():
+        return BackendInfo("cpu", False, native.disabled())
     if build_now or _native_path() is not None:
         if native.load():
             return BackendInfo("cpu", True, f"native library loaded, instruction set {native.isa()}")
         return BackendInfo("cpu", False, native.reason() or "not available")
     try:
-        sets = ", ".join(build.targets(build.compiler()))
+        build.ninja()
+        sets = ", ".join(build.plan().isas)
         return BackendInfo(
             "cpu", True, f"not built yet: builds at first use for {sets} (`vlmops info --build` builds now)"
         )
@@ -82,8 +86,42 @@ def backends(build_now: bool = False) -> list[BackendInfo]:
     return found
 
 
-def _folder_size(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else 0
+def _cache() -> dict[str, Any]:
+    """The cache folder and the bytes of what lies in it, by first name."""
+    try:
+        folder = cache_dir()
+    except RuntimeError as err:  # no home folder
+        return {"folder": f"none: {err}", "bytes": {}}
+    sizes: dict[str, int] = {}
+    for path in folder.rglob("*") if folder.is_dir() else ():
+        with contextlib.suppress(OSError):  # another process may be tidying up
+            if path.is_file():
+                name = path.relative_to(folder).parts[0]
+                sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    return {"folder": str(folder), "bytes": sizes}
+
+
+def _cpu_caches() -> dict[str, str]:
+    """Caches that the first core sees, e.g. {"L1d": "32K", "L2": "1024K"}."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with contextlib.suppress(OSError):
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            found[f"L{level}" + {"Data": "d", "Instruction": "i"}.get(kind, "")] = size
+    return found
+
+
+def _compilers() -> dict[str, str | None]:
+    found = {name: shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc")}
+    try:
+        found["ninja"] = build.ninja()
+    except build.BuildError:
+        found["ninja"] = None
+    try:
+        found["used"] = build.compiler_version(build.compiler())
+    except build.BuildError:
+        found["used"] = None
+    return found
 
 
 def _cpu_flags() -> list[str]:
@@ -115,7 +153,6 @@ def report(build_now: bool = False) -> dict[str, Any]:
 
     from vlmops.version import __version__
 
-    compilers = {name: shutil.which(name) for name in ("c++", "g++", "clang++", "nvcc", "ninja")}
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
@@ -130,9 +167,10 @@ def report(build_now: bool = False) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_sets": _cpu_flags(),
+        "cpu_caches": _cpu_caches(),
         "memory_gib": _memory_gib(),
         "gpus": gpus,
-        "compilers": compilers,
+        "compilers": _compilers(),
         "backends": [asdict(b) for b in backends(build_now)],
-        "cache": {"folder": str(cache_dir()), "bytes": _folder_size(cache_dir())},
+        "cache": _cache(),
     }

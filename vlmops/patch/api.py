@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vlmops.backends import BACKENDS
+from vlmops.ops._shared.packing import repack
 from vlmops.patch import towers
 from vlmops.patch.base import KEY
 from vlmops.patch.classes import original_class, patched_class
@@ -165,6 +166,7 @@ def unpatch_model(model: Model) -> Model:
             _restore(module)
         elif KEY in module.__dict__:
             left.append(path)
+    repack(model)  # nobody uses its packed weights any more
     notes = ["this model was unpatched"]
     if left:
         notes.append(f"left alone, their class was changed after patching: {', '.join(left)}")

@@ -68,7 +68,7 @@ def batch_attention(
         # The query heads of one key head are more rows over the same keys: no copy of k and v for grouped queries.
         heads, rows = q.shape[1:3]
         out, lse = batch_attention(q.unflatten(1, (-1, repeat)).flatten(2, 3), k, v, None, scale, softcap)
-        return out.unflatten(2, (repeat, rows)).flatten(1, 2), lse.unflatten(2, (repeat, rows)).reshape(-1, heads, rows)
+        return out.unflatten(2, (repeat, rows)).flatten(1, 2), lse.unflatten(2, (repeat, rows)).flatten(1, 2)
     if repeat > 1:
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
     # torch's fused CPU kernel turns a NaN query into 0 where there are fewer than 16 keys: plain formula then.

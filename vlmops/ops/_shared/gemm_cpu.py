@@ -23,9 +23,17 @@ __all__ = ["chunks", "finish", "gemm", "product", "why_not_gemm"]
 ROWS_HINT = 512  # one packed layout serves every row count (measured equal or better from 1 to 4096 rows)
 SMALLEST = 16  # a weight with a side under this is not worth a packed copy
 #: What oneDNN fuses into the product: name -> (attr, algorithm).
-FUSED = {"": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""), "relu": ("relu", "")}
+FUSED = {
+    "": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+    "relu": ("relu", ""),
+}
 
-native.define("epilogue(Tensor product, Tensor(a!) out, bool quick_gelu, Tensor? scale, Tensor? row_mask, Tensor? residual) -> ()")
+native.define(
+    "epilogue(Tensor product, Tensor(a!) out, bool quick_gelu, Tensor? scale, Tensor? row_mask, Tensor? residual) -> ()"
+)
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +61,9 @@ def why_not_gemm(x: Tensor, *weights: Tensor) -> str | None:
 
 def _pack(weight: Tensor) -> Tensor:
     weight = weight.flatten(1)  # a convolution whose kernel is its stride is a product, too
-    return torch.ops.mkldnn._reorder_linear_weight(weight.float() if weight.dtype == torch.float16 else weight, ROWS_HINT)
+    return torch.ops.mkldnn._reorder_linear_weight(
+        weight.float() if weight.dtype == torch.float16 else weight, ROWS_HINT
+    )
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
@@ -147,4 +157,3 @@ def gemm(
             None if residual is None else residual[first:last],
         )  # fmt: skip
     return out
-

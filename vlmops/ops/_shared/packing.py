@@ -29,6 +29,7 @@ _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @dataclass
 class _Entry:
     owner: weakref.ref[Tensor]
+    owner_address: int
     address: int
     version: int
     view: Any  # numpy view of sampled elements, on the parameter's memory
@@ -55,8 +56,8 @@ def _sampled(x: Tensor) -> Any:
 class PackedStore:
     """Packed forms of parameters.
 
-    A look-up costs about a microsecond. Where the byte budget is full, the entry unused for longest makes room, if it has been unused
-    for ``idle_s``: a model that does not fit would otherwise pack every weight anew in every forward.
+    A look-up costs about a microsecond. Where the byte budget is full, the entry unused for longest makes room, if it
+    has been unused for ``idle_s``: a model that does not fit would otherwise pack every weight anew in every forward.
 
     Args:
         budget: bytes all packed forms may take together, or a function that says it at the first need; None: no limit.
@@ -140,8 +141,16 @@ class PackedStore:
                 found._drop(key, dead)
 
         entry = _Entry(
-            weakref.ref(owner, forget), weight.data_ptr(), _version(weight), view, view.tobytes(), packed, nbytes, monotonic()
-        )  # fmt: skip
+            weakref.ref(owner, forget),
+            owner.data_ptr(),
+            weight.data_ptr(),
+            _version(weight),
+            view,
+            view.tobytes(),
+            packed,
+            nbytes,
+            monotonic(),
+        )
         with self._lock:
             self._drop(key)  # another thread may have been faster
             if self._make_room(nbytes):
@@ -154,6 +163,7 @@ class PackedStore:
         budget = self.budget
         if budget is None or self.bytes + nbytes <= budget:
             return True
+        self._sweep()
         before = monotonic() - self.idle_s
         idle = sorted((e.used, key, e.nbytes) for key, e in self._entries.items() if e.used <= before)
         if self.bytes + nbytes - sum(size for _, _, size in idle) > budget:
@@ -163,6 +173,13 @@ class PackedStore:
             if self.bytes + nbytes <= budget:
                 break
         return True
+
+    def _sweep(self) -> None:
+        """Drop the entries of parameters that got other memory (``model.half()``, ``model.to(device)``) and never came back."""
+        for key, entry in list(self._entries.items()):
+            owner = entry.owner()
+            if owner is None or owner.data_ptr() != entry.owner_address:
+                self._drop(key)
 
     def _drop(self, key: tuple[int, Hashable], owner: weakref.ref[Tensor] | None = None) -> None:
         with self._lock:
@@ -179,10 +196,11 @@ class PackedStore:
             if params is None:
                 self._seen.clear()
 
-    def size_of(self, params: set[int]) -> int:
-        """Bytes kept for the parameters with these ids."""
+    def size_of(self, params: set[int] | None = None) -> int:
+        """Bytes kept for the parameters with these ids, or for all."""
         with self._lock:
-            return sum(entry.nbytes for key, entry in self._entries.items() if key[0] in params)
+            self._sweep()
+            return sum(entry.nbytes for key, entry in self._entries.items() if params is None or key[0] in params)
 
 
 def _default_budget() -> int | None:
@@ -231,4 +249,4 @@ def repack(model: nn.Module | None = None) -> None:
 
 def packed_bytes(model: nn.Module | None = None) -> int:
     """Memory that packed weights take, in bytes: of one model's parameters, or of all."""
-    return STORE.bytes if model is None else STORE.size_of(_ids(model))
+    return STORE.size_of(None if model is None else _ids(model))

@@ -64,7 +64,9 @@ def linear(
     checks.check_tensor("weight", weight, dim=2, layout="[N, K]")
     checks.check_floating("x", x)
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: expected [..., {weight.shape[1]}] for weight {list(weight.shape)}, got {checks.describe(x)}")
+        raise ValueError(
+            f"x: expected [..., {weight.shape[1]}] for weight {list(weight.shape)}, got {checks.describe(x)}"
+        )
     n, rows = weight.shape[0], x.shape[:-1]
     cast = torch.is_autocast_enabled(x.device.type)
     for name, t, shape in (("weight", weight, weight.shape), ("bias", bias, (n,)), ("residual", residual, (*rows, n))):

@@ -30,9 +30,11 @@ def epilogue(y: Tensor, gate: Tensor | None, row_mask: Tensor | None, residual: 
     return y if residual is None else residual + y
 
 
-def backward(grads: Sequence[Tensor | None], outs: Sequence[Tensor], args: Sequence[Any], needs: Sequence[bool]) -> list[Tensor | None]:
+def backward(
+    grads: Sequence[Tensor | None], outs: Sequence[Tensor], args: Sequence[Any], needs: Sequence[bool]
+) -> list[Tensor | None]:
     """Gradients of x, weight, bias, gate, residual; the product is computed again only where the epilogue needs it."""
-    x, weight, bias, activation, gate, row_mask, residual, _ = args
+    x, weight, bias, activation, gate, row_mask, _, _ = args
     (grad,) = grads
     assert grad is not None
     n, k = weight.shape
@@ -48,7 +50,9 @@ def backward(grads: Sequence[Tensor | None], outs: Sequence[Tensor], args: Seque
             opened = torch.tanh(gate)
             if needs[3]:
                 each = flat * activate(product, activation) * (1 - opened * opened)
-                grad_gate = each.sum(0).reshape(gate.shape) if gate.numel() == n and n != 1 else each.sum().reshape(gate.shape)
+                grad_gate = (
+                    each.sum(0).reshape(gate.shape) if gate.numel() == n and n != 1 else each.sum().reshape(gate.shape)
+                )
             flat = flat * opened
         flat = activation_backward(flat, product, activation)
     elif gate is not None:

@@ -23,7 +23,7 @@ Norm = tuple[str, Tensor | None, Tensor | None, float]
 
 def _fake(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *args: Any) -> Tensor:
     gather = args[-4]
-    rows = x.shape[:-1]
+    rows: tuple[int, ...] = x.shape[:-1]
     if gather == "merge2x2":
         rows = (x.shape[0] // 4,)
     elif gather == "pixel_shuffle":
@@ -103,8 +103,16 @@ def mlp(
              ("b_gate", b_gate, (h,)), ("layer_scale", layer_scale, (n,))]  # fmt: skip
     if b_gate is not None and w_gate is None:
         raise ValueError("b_gate: given without w_gate")
-    (norm_kind, norm_w, norm_b, norm_eps), (mid_kind, mid_w, mid_b, mid_eps) = check_norm("norm", norm), check_norm("mid_norm", mid_norm)
-    parts += [("norm weight", norm_w, (c,)), ("norm bias", norm_b, (c,)), ("mid_norm weight", mid_w, (h,)), ("mid_norm bias", mid_b, (h,))]
+    (norm_kind, norm_w, norm_b, norm_eps), (mid_kind, mid_w, mid_b, mid_eps) = (
+        check_norm("norm", norm),
+        check_norm("mid_norm", mid_norm),
+    )
+    parts += [
+        ("norm weight", norm_w, (c,)),
+        ("norm bias", norm_b, (c,)),
+        ("mid_norm weight", mid_w, (h,)),
+        ("mid_norm bias", mid_b, (h,)),
+    ]
     if residual is not None:
         rows = x.shape[:-1] if not kind else (x.shape[0] // 4,) if kind == "merge2x2" else (x.shape[0], x.shape[1] // 4)
         parts.append(("residual", residual, (*rows, n)))
@@ -122,7 +130,9 @@ def check_norm(name: str, norm: Norm | None) -> Norm:
     if norm is None:
         return "", None, None, 0.0
     if len(norm) != 4 or norm[0] not in NORMS:
-        raise ValueError(f"{name}: expected (kind, weight, bias, eps) with kind one of {', '.join(NORMS)}, got {norm[:1]}")
+        raise ValueError(
+            f"{name}: expected (kind, weight, bias, eps) with kind one of {', '.join(NORMS)}, got {norm[:1]}"
+        )
     if norm[0] == "rms_norm" and norm[2] is not None:
         raise ValueError(f"{name}: an rms_norm has no bias")
     return norm[0], norm[1], norm[2], float(norm[3])
@@ -139,6 +149,8 @@ def check_gather(x: Tensor, gather: str | tuple[str, int, int] | None) -> tuple[
     if isinstance(gather, tuple) and len(gather) == 3 and gather[0] == "pixel_shuffle":
         _, height, width = gather
         if height % 2 or width % 2 or x.dim() != 3 or x.shape[1] != height * width:
-            raise ValueError(f"x: expected [n, {height} * {width}, C] with even sides for pixel_shuffle, got {checks.describe(x)}")
+            raise ValueError(
+                f"x: expected [n, {height} * {width}, C] with even sides for pixel_shuffle, got {checks.describe(x)}"
+            )
         return "pixel_shuffle", int(height), int(width)
     raise ValueError(f'gather: expected "merge2x2", ("pixel_shuffle", h, w) or None, got {gather!r}')

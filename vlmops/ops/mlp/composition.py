@@ -44,15 +44,14 @@ def normalise_backward(
     """Gradients of x, weight and bias of a norm, where wanted, by torch's own rule."""
     if kind == "":
         return [grad if needs[0] else None, None, None]
-    parts = [None if t is None else t.detach() for t in (x, weight, bias)]
-    wanted = [i for i, (t, need) in enumerate(zip(parts, needs, strict=True)) if need and t is not None]
+    wanted = [i for i, (t, need) in enumerate(zip((x, weight, bias), needs, strict=True)) if need and t is not None]
     found: list[Tensor | None] = [None, None, None]
     if wanted:
+        x, weight, bias = (None if t is None else t.detach().requires_grad_() for t in (x, weight, bias))  # type: ignore[assignment]
         with torch.enable_grad():
-            for i in wanted:
-                parts[i] = parts[i].requires_grad_()
-            out = normalise(parts[0], kind, parts[1], parts[2], eps)
-        for i, g in zip(wanted, torch.autograd.grad(out, [parts[i] for i in wanted], grad.view(out.shape)), strict=True):
+            out = normalise(x, kind, weight, bias, eps)
+        leaves = [t for i, t in enumerate((x, weight, bias)) if i in wanted and t is not None]
+        for i, g in zip(wanted, torch.autograd.grad(out, leaves, grad.view(out.shape)), strict=True):
             found[i] = g
     return found
 
@@ -67,7 +66,7 @@ def backward(
      need_scale) = needs  # fmt: skip
     (grad,) = grads
     assert grad is not None
-    n, hidden = w2.shape
+    n = w2.shape[0]
     flat = grad.reshape(-1, n)
     rows = gather_rows(normalise(x, norm, norm_weight, norm_bias, norm_eps), gather, height, width)
     rows = rows.reshape(-1, rows.shape[-1])

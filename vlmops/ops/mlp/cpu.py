@@ -46,7 +46,9 @@ def mid_normalise(h: Tensor, kind: str, weight: Tensor | None, bias: Tensor | No
     """The norm in the middle, whose parameters may be float16 beside float32 rows."""
     if kind == "":
         return h
-    return normalise(h, kind, None if weight is None else weight.to(h.dtype), None if bias is None else bias.to(h.dtype), eps)
+    return normalise(
+        h, kind, None if weight is None else weight.to(h.dtype), None if bias is None else bias.to(h.dtype), eps
+    )
 
 
 def forward(

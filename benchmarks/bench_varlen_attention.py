@@ -1,0 +1,28 @@
+"""varlen_attention against one SDPA a sequence."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+
+from vlmops.profiling import bars, workloads
+
+CASES = {case.name: case for case in bars.ATTENTION}
+
+
+@lru_cache(maxsize=1)
+def checked(name, dtype):
+    """The calls of a case, their outputs compared once."""
+    load = workloads.attention(CASES[name], bars.DTYPES[dtype])
+    load.correct({who: call() for who, call in load.calls.items()})
+    return load.calls
+
+
+@pytest.mark.parametrize("who", ["ours", "peer"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", bars.DTYPES)
+def test_speed(timed, name, dtype, who):
+    calls = checked(name, dtype)
+    peer = next(other for other in calls if other != workloads.OURS)
+    timed(name, dtype, calls[workloads.OURS if who == "ours" else peer], CASES[name].work)

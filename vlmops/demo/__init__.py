@@ -1,0 +1,1 @@
+"""`vlmops demo`: a VLM answers about a picture, stock and patched, timed stage by stage."""
