@@ -297,3 +297,19 @@ def test_report_is_json_and_says_the_class_once():
 
 def test_version_window_is_what_the_package_says():
     assert api.SUPPORTED == ((5, 19), (6, 0))
+
+
+def test_little_work_runs_the_original(monkeypatch):
+    from vlmops.patch import base
+    from vlmops.patch.layers import PatchedLinear
+
+    calls = []
+    fused = PatchedLinear.fused
+    monkeypatch.setattr(PatchedLinear, "fused", lambda self, x: calls.append(len(x)) or fused(self, x))
+    monkeypatch.setattr(base, "SMALL_PRODUCT", 1 << 20)
+    model = vlmops.patch_model(nn.Sequential(nn.Linear(256, 256)))
+    with torch.no_grad():
+        model(torch.randn(1, 256))
+        assert calls == []
+        model(torch.randn(64, 256))
+    assert calls == [64]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlmops import ops
-from vlmops.patch.base import KEY, Patched, is_plain, needs_grad
+from vlmops.patch.base import KEY, Patched, is_plain, needs_grad, too_small
 from vlmops.patch.classes import register_mixin
 
 __all__ = [
@@ -36,7 +36,8 @@ def usable(module: Any, x: Any) -> bool:
     """No gradient, autocast, active dropout, touched child or request for attention weights."""
     if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type) or not plain_children(module):
         return False
-    return x.dtype is module._modules[module.__dict__[KEY].children[0]].weight.dtype
+    first = module._modules[module.__dict__[KEY].children[0]]
+    return x.dtype is first.weight.dtype and not too_small(x, first.out_features)
 
 
 def inactive_dropout(module: Any) -> bool:

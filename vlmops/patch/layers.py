@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlmops import ops
-from vlmops.patch.base import KEY, Patched, is_plain, needs_grad, plain_norm
+from vlmops.patch import base
+from vlmops.patch.base import KEY, Patched, is_plain, needs_grad, plain_norm, too_small
 from vlmops.patch.classes import register_mixin
 
 __all__ = ["PatchedConv", "PatchedLayerNorm", "PatchedLinear", "PatchedMLP", "PatchedMerger", "PatchedRMSNorm"]
@@ -30,7 +31,7 @@ class PatchedLinear(Patched):
     """``nn.Linear`` with a packed weight."""
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return len(args) == 1 and not kwargs and runs_fused(self, args[0])
+        return len(args) == 1 and not kwargs and runs_fused(self, args[0]) and not too_small(args[0], self.out_features)
 
     def fused(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
@@ -40,7 +41,7 @@ class PatchedLayerNorm(Patched):
     """``nn.LayerNorm`` over the last dimension."""
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return len(args) == 1 and not kwargs and runs_fused(self, args[0])
+        return len(args) == 1 and not kwargs and runs_fused(self, args[0]) and args[0].numel() >= base.SMALL_NORM
 
     def fused(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
@@ -50,7 +51,7 @@ class PatchedRMSNorm(Patched):
     """The RMSNorm of Llama, Mistral, Qwen and Pixtral: weight * round(x / rms)."""
 
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return len(args) == 1 and not kwargs and runs_fused(self, args[0])
+        return len(args) == 1 and not kwargs and runs_fused(self, args[0]) and args[0].numel() >= base.SMALL_NORM
 
     def fused(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, eps=self.__dict__[KEY].facts["eps"])
@@ -62,8 +63,10 @@ class PatchedMLP(Patched):
     def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if len(args) != 1 or kwargs or not runs_fused(self, args[0]):
             return False
-        modules = self._modules
-        return all(is_plain(modules[name]) for name in self.__dict__[KEY].children)
+        modules, names = self._modules, self.__dict__[KEY].children
+        if too_small(args[0], modules[names[0]].out_features):
+            return False
+        return all(is_plain(modules[name]) for name in names)
 
     def fused(self, x: Tensor) -> Tensor:
         record = self.__dict__[KEY]
@@ -109,6 +112,8 @@ class PatchedConv(Patched):
         if len(args) != 1 or kwargs or not runs_fused(self, args[0]):
             return False
         x = args[0]
+        if too_small(x, self.out_channels):
+            return False
         return x.dim() == self.weight.dim() and all(
             size % k == 0 for size, k in zip(x.shape[2:], self.kernel_size, strict=True)
         )
