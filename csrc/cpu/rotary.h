@@ -15,13 +15,13 @@ struct RotaryHeads {
 struct Rotary {
   RotaryHeads parts[2];
   int num_parts;
-  const float* cos;              // [T, turned]
+  const float* cos;  // [T, turned]
   const float* sin;
   long long dim;
-  long long turned;              // elements of a head that turn, even; the rest is copied
+  long long turned;  // elements of a head that turn, even; the rest is copied
   int dtype;
   int interleaved;
-  int inverse;                   // the transpose: what a gradient needs
+  int inverse;  // the transpose: what a gradient needs
 };
 
 }  // namespace vlmops

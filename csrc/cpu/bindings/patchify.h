@@ -27,10 +27,11 @@ struct Scales {
 };
 
 // One group of equal images, without its scales and its place in the result.
-inline PatchRows group(const char* images, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t patch, int64_t frames, bool merge) {
+inline PatchRows group(const char* images, at::IntArrayRef sizes, at::IntArrayRef strides, int64_t patch,
+                       int64_t frames, bool merge) {
   const int64_t t = sizes[1], c = sizes[2], h = sizes[3], w = sizes[4];
-  TORCH_CHECK_VALUE(t > 0 && h > 0 && w > 0 && h % patch == 0 && w % patch == 0, "images: expected multiples of the patch ", patch,
-                    ", got ", h, "x", w, " of ", t, " frames");
+  TORCH_CHECK_VALUE(t > 0 && h >= 0 && w >= 0 && h % patch == 0 && w % patch == 0,
+                    "images: expected multiples of the patch ", patch, ", got ", h, "x", w, " of ", t, " frames");
   PatchRows a{};
   a.images = images;
   a.stride_n = strides[0];
@@ -46,17 +47,18 @@ inline PatchRows group(const char* images, at::IntArrayRef sizes, at::IntArrayRe
   a.grid_h = static_cast<int>(h / patch);
   a.grid_w = static_cast<int>(w / patch);
   a.merge = merge;
-  TORCH_CHECK_VALUE(!merge || (a.grid_h % 2 == 0 && a.grid_w % 2 == 0), "images: expected an even grid for 2x2 order, got ", a.grid_h,
-                    "x", a.grid_w);
+  TORCH_CHECK_VALUE(!merge || (a.grid_h % 2 == 0 && a.grid_w % 2 == 0),
+                    "images: expected an even grid for 2x2 order, got ", a.grid_h, "x", a.grid_w);
   return a;
 }
 
 // images: [n, T, C, H, W]; or all pixels of mixed images in one [pixels], with int64 sizes [n, 4]: T, H, W, and whether
 // its memory runs (T, H, W, C). Rows first..last of the result; last < 0: to the end.
 inline at::Tensor patch_rows(const at::Tensor& images, const std::optional<at::Tensor>& sizes, int64_t channels,
-                             at::ArrayRef<double> mean, at::ArrayRef<double> std, int64_t patch, int64_t frames, bool merge,
-                             bool channels_last, int64_t first, int64_t last, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(images.dim() == (sizes.has_value() ? 1 : 5), "images: expected [n, T, C, H, W], or [pixels] and sizes, got ", images.sizes());
+                             at::ArrayRef<double> mean, at::ArrayRef<double> std, int64_t patch, int64_t frames,
+                             bool merge, bool channels_last, int64_t first, int64_t last, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(images.dim() == (sizes.has_value() ? 1 : 5),
+                    "images: expected [n, T, C, H, W], or [pixels] and sizes, got ", images.sizes());
   TORCH_CHECK_VALUE(patch > 0 && frames > 0 && channels > 0 && patch < 65536 && frames < 65536 && channels < 65536,
                     "patch_size: expected a size, got ", patch, ", ", frames, " frames, ", channels, " channels");
   const char* data = static_cast<const char*>(images.const_data_ptr());
@@ -67,8 +69,8 @@ inline at::Tensor patch_rows(const at::Tensor& images, const std::optional<at::T
     groups.push_back(group(data, images.sizes(), images.strides(), patch, frames, merge));
     begins.push_back(images.size(0) * groups[0].grid_t * groups[0].grid_h * groups[0].grid_w);
   } else {
-    TORCH_CHECK_VALUE(sizes->dim() == 2 && sizes->size(1) == 4 && sizes->scalar_type() == at::kLong && sizes->is_contiguous() &&
-                          images.is_contiguous(),
+    TORCH_CHECK_VALUE(sizes->dim() == 2 && sizes->size(1) == 4 && sizes->scalar_type() == at::kLong &&
+                          sizes->is_contiguous() && images.is_contiguous(),
                       "sizes: expected contiguous int64 [n, 4], got ", sizes->sizes());
     const int64_t* s = sizes->const_data_ptr<int64_t>();
     int64_t pixels = 0;
@@ -76,7 +78,8 @@ inline at::Tensor patch_rows(const at::Tensor& images, const std::optional<at::T
       const int64_t t = s[0], h = s[1], w = s[2], plane = h * w, frame = plane * channels;
       const int64_t extent[] = {1, t, channels, h, w};
       const int64_t planar[] = {0, frame, plane, w, 1}, packed[] = {0, frame, 1, w * channels, channels};
-      groups.push_back(group(data + pixels * images.element_size(), extent, s[3] != 0 ? packed : planar, patch, frames, merge));
+      groups.push_back(
+          group(data + pixels * images.element_size(), extent, s[3] != 0 ? packed : planar, patch, frames, merge));
       const PatchRows& a = groups.back();
       begins.push_back(begins.back() + static_cast<int64_t>(a.grid_t) * a.grid_h * a.grid_w);
       pixels += t * frame;
@@ -85,7 +88,8 @@ inline at::Tensor patch_rows(const at::Tensor& images, const std::optional<at::T
     TORCH_CHECK_VALUE(pixels == images.numel(), "sizes: expected ", images.numel(), " pixels in all, got ", pixels);
   }
   last = last < 0 ? begins.back() : last;
-  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= begins.back(), "first, last: expected rows of ", begins.back(), ", got ", first, " and ", last);
+  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= begins.back(), "first, last: expected rows of ",
+                    begins.back(), ", got ", first, " and ", last);
   const bool raw = images.scalar_type() == at::kByte;
   const Scales factors(channels, mean, std, raw, channels_last ? patch : 1);
   const int64_t width = channels * frames * patch * patch;
@@ -114,16 +118,19 @@ inline at::Tensor patch_rows(const at::Tensor& images, const std::optional<at::T
 }
 
 // Patch vectors [N, K] that are not normalised yet.
-inline at::Tensor normalise_rows(const at::Tensor& given, int64_t channels, at::ArrayRef<double> mean, at::ArrayRef<double> std,
-                                 bool channels_last, int64_t first, int64_t last, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(given.dim() == 2 && channels > 0 && given.size(1) > 0 && given.size(1) % channels == 0, "images: expected [N, K] of ", channels,
-                    " channels, got ", given.sizes());
+inline at::Tensor normalise_rows(const at::Tensor& given, int64_t channels, at::ArrayRef<double> mean,
+                                 at::ArrayRef<double> std, bool channels_last, int64_t first, int64_t last,
+                                 at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(given.dim() == 2 && channels > 0 && given.size(1) > 0 && given.size(1) % channels == 0,
+                    "images: expected [N, K] of ", channels, " channels, got ", given.sizes());
   const at::Tensor x = given.stride(1) == 1 ? given : given.contiguous();
   last = last < 0 ? x.size(0) : last;
-  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= x.size(0), "first, last: expected rows of ", x.size(0), ", got ", first, " and ", last);
+  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= x.size(0), "first, last: expected rows of ", x.size(0),
+                    ", got ", first, " and ", last);
   const bool raw = x.scalar_type() == at::kByte;
   const int64_t width = x.size(1), pixels = width / channels;
-  int64_t line = 1;  // pixels of a run of channels_last: the longest power of two up to 64 that divides, not one pixel at a time
+  int64_t line =
+      1;  // pixels of a run of channels_last: the longest power of two up to 64 that divides, not one pixel at a time
   while (channels_last && line < 64 && pixels % (2 * line) == 0) line *= 2;
   const Scales factors(channels, mean, std, raw, line);
   at::Tensor out = at::empty({last - first, width}, x.options().dtype(dtype));
@@ -139,7 +146,8 @@ inline at::Tensor normalise_rows(const at::Tensor& given, int64_t channels, at::
   a.scale = factors.scale.data();
   a.shift = factors.shift.data();
   static const auto kernel = VLMOPS_PICK(normalise_rows);
-  at::parallel_for(0, last - first, std::max<int64_t>(1, 16384 / width), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  at::parallel_for(0, last - first, std::max<int64_t>(1, 16384 / width),
+                   [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return out;
 }
 

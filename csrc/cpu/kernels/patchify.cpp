@@ -78,7 +78,8 @@ void tokens(const PatchRows& a, long long first, long long last) {
       row = block / blocks * 2 + inner / 2;
       col = block % blocks * 2 + inner % 2;
     }
-    const In* corner = static_cast<const In*>(a.images) + image * a.stride_n + row * a.patch * a.stride_h + col * a.patch * a.stride_w;
+    const In* corner =
+        static_cast<const In*>(a.images) + image * a.stride_n + row * a.patch * a.stride_h + col * a.patch * a.stride_w;
     Out* to = static_cast<Out*>(a.out) + token * length;
     for (int f = 0; f < a.frames; ++f) {
       long long frame = time * a.frames + f;
@@ -94,10 +95,8 @@ void tokens(const PatchRows& a, long long first, long long last) {
         const In* plane = from + c * a.stride_c;
         Out* out = to + (static_cast<long long>(c) * a.frames + f) * area;
         for (int y = 0; y < a.patch; ++y, plane += a.stride_h, out += a.patch) {
-          if (a.stride_w == 1)
-            run(plane, out, a.patch, scale, shift);
-          else
-            strided_run(plane, a.stride_w, out, a.patch, scale, shift);
+          if (a.stride_w == 1) run(plane, out, a.patch, scale, shift);
+          else strided_run(plane, a.stride_w, out, a.patch, scale, shift);
         }
       }
     }
@@ -110,10 +109,8 @@ void tokens(const NormaliseRows& a, long long first, long long last) {
     const In* from = static_cast<const In*>(a.rows) + r * a.stride;
     Out* to = static_cast<Out*>(a.out) + r * a.runs * a.length;
     for (long long i = 0; i < a.runs; ++i, from += a.length, to += a.length) {
-      if (a.repeated)
-        run_each(from, to, a.length, a.scale, a.shift);
-      else
-        run(from, to, a.length, set1(a.scale[i]), set1(a.shift[i]));
+      if (a.repeated) run_each(from, to, a.length, a.scale, a.shift);
+      else run(from, to, a.length, set1(a.scale[i]), set1(a.shift[i]));
     }
   }
 }

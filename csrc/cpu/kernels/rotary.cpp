@@ -18,14 +18,15 @@ VLMOPS_INLINE void halves(const T* x, const float* c, const float* s, T* out, lo
   Vec first, second;
   long long i = 0;
   for (; i + kLanes <= half; i += kLanes) {
-    turn<kInverse>(load(x + i), load(x + half + i), load(c + i), load(c + half + i), load(s + i), load(s + half + i), first, second);
+    turn<kInverse>(load(x + i), load(x + half + i), load(c + i), load(c + half + i), load(s + i), load(s + half + i),
+                   first, second);
     store(out + i, first);
     store(out + half + i, second);
   }
   if (i < half) {
     const int n = static_cast<int>(half - i);
-    turn<kInverse>(load_n(x + i, n), load_n(x + half + i, n), load_n(c + i, n), load_n(c + half + i, n), load_n(s + i, n),
-                   load_n(s + half + i, n), first, second);
+    turn<kInverse>(load_n(x + i, n), load_n(x + half + i, n), load_n(c + i, n), load_n(c + half + i, n),
+                   load_n(s + i, n), load_n(s + half + i, n), first, second);
     store_n(out + i, first, n);
     store_n(out + half + i, second, n);
   }
@@ -43,7 +44,8 @@ VLMOPS_INLINE void pairs(const T* x, const float* c, const float* s, T* out, lon
   for (int i = 0; i < kLanes; ++i) odd[i] = i % 2 ? 1.f : -1.f;
   const Vec sign = load(static_cast<const float*>(odd));
   long long i = 0;
-  for (; i + kLanes <= dim; i += kLanes) store(out + i, turn_pairs<kInverse>(load(x + i), load(c + i), load(s + i), sign));
+  for (; i + kLanes <= dim; i += kLanes)
+    store(out + i, turn_pairs<kInverse>(load(x + i), load(c + i), load(s + i), sign));
   if (i < dim) {
     const int n = static_cast<int>(dim - i);
     store_n(out + i, turn_pairs<kInverse>(load_n(x + i, n), load_n(c + i, n), load_n(s + i, n), sign), n);
@@ -59,10 +61,8 @@ void tokens(const Rotary& a, long long first, long long last) {
       const T* x = static_cast<const T*>(part.x) + t * part.stride_t;
       T* out = static_cast<T*>(part.out) + t * part.heads * a.dim;
       for (long long h = 0; h < part.heads; ++h, x += part.stride_h, out += a.dim) {
-        if (a.interleaved)
-          pairs<kInverse>(x, c, s, out, a.turned);
-        else
-          halves<kInverse>(x, c, s, out, a.turned / 2);
+        if (a.interleaved) pairs<kInverse>(x, c, s, out, a.turned);
+        else halves<kInverse>(x, c, s, out, a.turned / 2);
         for (long long i = a.turned; i < a.dim; ++i) out[i] = x[i];
       }
     }

@@ -64,6 +64,8 @@ class Op:
             op cannot return one tensor twice.
         tiny: ``tiny(*args)`` is True where measuring would cost more than it can win (static order then).
 
+        bucketed: tensor arguments all of whose sizes are bucketed (pictures: each has its own height and width).
+
     The tuning key holds every option and every size; the first size of each tensor (rows, tokens) is bucketed.
     """
 
@@ -78,6 +80,7 @@ class Op:
         saved_outputs: Sequence[int] = (),
         same_gradient: Mapping[str, str] | None = None,
         tiny: Callable[..., bool] | None = None,
+        bucketed: Sequence[str] = (),
     ) -> None:
         self.package = package
         self.name = package.rsplit(".", 1)[-1]
@@ -93,6 +96,7 @@ class Op:
         self.same = {self.arg_names.index(a): self.arg_names.index(b) for a, b in (same_gradient or {}).items()}
         self.fake = fake
         self.tiny = tiny
+        self.bucketed = frozenset(bucketed)
         self.backends = tuple(
             name for name in backends.BACKENDS if importlib.util.find_spec(f"{package}.{MODULE[name]}") is not None
         )
@@ -294,7 +298,8 @@ class Op:
         parts = []
         for name, a in zip(self.arg_names, args, strict=True):
             if isinstance(a, Tensor):
-                sizes = [str(_bucket(a.shape[0])), *map(str, a.shape[1:])] if a.dim() else []
+                last = a.dim() if name in self.bucketed else 1
+                sizes = [*map(str, map(_bucket, a.shape[:last])), *map(str, a.shape[last:])]
                 dense = "" if a.is_contiguous() else "s"
                 parts.append(f"{name}={str(a.dtype)[6:]}[{','.join(sizes)}]{dense}")
             elif isinstance(a, float):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlmops.backends import native
 
-native.define("rotary(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor")
+native.define("rotary(Tensor x, Tensor? k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> (Tensor, Tensor)")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def supports(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
+def supports(x: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool) -> str | None:
     """Why this kernel cannot run these arguments; None if it can."""
     if x.device.type != "cpu":
         return f"a tensor on {x.device}"
@@ -20,9 +23,28 @@ def supports(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> str | No
     return None if native.available() else native.reason()
 
 
-def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """[T, H, D] in x's dtype."""
+def _table(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def forward(x: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """[T, H, D] in x's dtype, of x and of k (empty without one)."""
     native.load()
-    x = x if x.stride(2) == 1 or x.numel() == 0 else x.contiguous()
-    out: Tensor = torch.ops.vlmops_cpu.rotary(x, cos.float().contiguous(), sin.float().contiguous(), interleaved)
+    out: tuple[Tensor, Tensor] = torch.ops.vlmops_cpu.rotary.default(x, k, _table(cos), _table(sin), interleaved, False)
     return out
+
+
+def backward(
+    grads: Sequence[Tensor | None], outs: Sequence[Tensor], args: Sequence[Any], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients of x and k: the transpose of the rotation, again one pass."""
+    _, _, cos, sin, interleaved = args
+    wanted = [i for i, grad in enumerate(grads) if needs[i] and grad is not None]
+    found: list[Tensor | None] = [None, None]
+    if wanted:
+        native.load()
+        pair = [grads[i] for i in wanted] + [None]
+        turned = torch.ops.vlmops_cpu.rotary.default(pair[0], pair[1], _table(cos), _table(sin), interleaved, True)
+        for i, grad in zip(wanted, turned, strict=False):
+            found[i] = grad
+    return found
