@@ -39,7 +39,6 @@ from transformers import (  # noqa: E402
     GenerationConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from vlmops.demo import tiny  # noqa: E402
@@ -48,11 +47,11 @@ from vlmops.demo.tiny.architecture import (  # noqa: E402
     GRID,
     HIDDEN_SIZE,
     IMAGE_SIZE,
-    IMAGE_TOKENS,
     build_model,
     build_processor,
 )
 from vlmops.demo.tiny.evaluation import evaluation_set, score  # noqa: E402
+from vlmops.demo.tiny.packing import PREFIX, Conversations, block_mask, pack_conversations  # noqa: E402
 
 HEAD_WEIGHTS = {"digit": 2.0, "shape": 4.0}  # the slow learners
 TASK_NAMES = {
@@ -64,7 +63,6 @@ TASK_NAMES = {
     "chart_value": "value of a bar",
     "describe": "describe the picture",
 }
-PREFIX = IMAGE_TOKENS + 2  # <s> USER: <image>...
 
 
 @dataclass(frozen=True)
@@ -117,74 +115,6 @@ def normalize(pixels: Tensor, processor: LlavaProcessor) -> Tensor:
     mean = torch.tensor(processor.image_processor.image_mean)
     std = torch.tensor(processor.image_processor.image_std)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-
-
-@dataclass
-class Conversations:
-    """Questions packed per picture, ``[N, T]`` each.
-
-    ``branch`` numbers the question a token belongs to, -1 pads. ``excluded`` is the token that would make a held-out
-    pair of a label and its mate (-1: none), which the loss leaves out of the softmax.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    positions: Tensor
-    branch: Tensor
-    excluded: Tensor
-
-
-def excluded_answers(tokens: list[int], answer_at: int, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """For each token, the token no training picture can have in its place because the pair is held out, or -1.
-
-    A shape's mate is the colour before it; a colour's mate is the shape after it or the one the question names.
-    """
-    name = tokenizer.convert_tokens_to_ids
-    partner: dict[int, int] = {}
-    for shape, color in scenes.HELD_OUT_PAIRS:
-        partner |= {name("▁" + shape): name("▁" + color), name("▁" + color): name("▁" + shape)}
-    shapes, colors = {name("▁" + shape) for shape in scenes.SHAPES}, {name("▁" + color) for color in scenes.COLORS}
-    asked = next((token for token in tokens[:answer_at] if token in shapes), -1)
-    excluded = [-1] * len(tokens)
-    for at in range(answer_at, len(tokens)):
-        if tokens[at] in shapes:
-            excluded[at] = partner.get(tokens[at - 1], -1)
-        elif tokens[at] in colors:
-            excluded[at] = partner.get(tokens[at + 1] if tokens[at + 1] in shapes else asked, -1)
-    return excluded
-
-
-def pack_conversations(pictures: list[scenes.Picture], tokenizer: PreTrainedTokenizerFast) -> Conversations:
-    """Tokenize up to four questions of each picture as sibling branches after the shared image prefix."""
-    rng = random.Random(2)
-    assistant = tokenizer.convert_tokens_to_ids("ASSISTANT:")
-    rows = []
-    for picture in pictures:
-        questions = scenes.questions_for(picture, rng, "train")
-        ids, labels, positions, branch, excluded = [], [], [], [], []
-        for number, item in enumerate(rng.sample(questions, min(4, len(questions)))):
-            text = f"\n{item.question} ASSISTANT: {item.answer}</s>"
-            tokens = tokenizer.encode(text, add_special_tokens=False)
-            answer_at = tokens.index(assistant) + 1
-            ids += tokens
-            labels += [-100] * answer_at + tokens[answer_at:]
-            positions += range(PREFIX, PREFIX + len(tokens))
-            branch += [number] * len(tokens)
-            excluded += excluded_answers(tokens, answer_at, tokenizer)
-        rows.append((ids, labels, positions, branch, excluded))
-    width = max(len(row[0]) for row in rows)
-    fill = (tokenizer.pad_token_id, -100, 0, -1, -1)
-    return Conversations(
-        *(torch.tensor([row[i] + [fill[i]] * (width - len(row[i])) for row in rows]) for i in range(5))
-    )
-
-
-def block_mask(branch: Tensor) -> Tensor:
-    """Boolean attention mask ``[B, 1, PREFIX + T, PREFIX + T]``: causal, and no branch sees another branch."""
-    group = F.pad(branch, (PREFIX, 0), value=-2)  # [B, S]; the image prefix is group -2
-    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == -2)
-    causal = torch.ones(group.shape[1], group.shape[1], dtype=torch.bool).tril()
-    return (same & causal)[:, None]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -59,34 +59,35 @@ inline Isa current_isa() {
 }  // namespace vlmops
 
 #if VLMOPS_HAVE_neon
-#define VLMOPS_CASE_neon(fn) case ::vlmops::Isa::neon: return &::vlmops::neon::fn;
+#define VLMOPS_CASE_neon(fn) \
+  case ::vlmops::Isa::neon: return &::vlmops::neon::fn;
 #else
 #define VLMOPS_CASE_neon(fn)
 #endif
 #if VLMOPS_HAVE_avx2
-#define VLMOPS_CASE_avx2(fn) case ::vlmops::Isa::avx2: return &::vlmops::avx2::fn;
+#define VLMOPS_CASE_avx2(fn) \
+  case ::vlmops::Isa::avx2: return &::vlmops::avx2::fn;
 #else
 #define VLMOPS_CASE_avx2(fn)
 #endif
 #if VLMOPS_HAVE_avx512
-#define VLMOPS_CASE_avx512(fn) case ::vlmops::Isa::avx512: return &::vlmops::avx512::fn;
+#define VLMOPS_CASE_avx512(fn) \
+  case ::vlmops::Isa::avx512: return &::vlmops::avx512::fn;
 #else
 #define VLMOPS_CASE_avx512(fn)
 #endif
 #if VLMOPS_HAVE_avx512_bf16
-#define VLMOPS_CASE_avx512_bf16(fn) case ::vlmops::Isa::avx512_bf16: return &::vlmops::avx512_bf16::fn;
+#define VLMOPS_CASE_avx512_bf16(fn) \
+  case ::vlmops::Isa::avx512_bf16: return &::vlmops::avx512_bf16::fn;
 #else
 #define VLMOPS_CASE_avx512_bf16(fn)
 #endif
 
 // VLMOPS_PICK(fn): pointer to the best compiled version of fn for this CPU.
-#define VLMOPS_PICK(fn)                        \
-  ([]() -> decltype(&::vlmops::generic::fn) {  \
-    switch (::vlmops::current_isa()) {         \
-      VLMOPS_CASE_neon(fn)                     \
-      VLMOPS_CASE_avx2(fn)                     \
-      VLMOPS_CASE_avx512(fn)                   \
-      VLMOPS_CASE_avx512_bf16(fn)              \
-      default: return &::vlmops::generic::fn;  \
-    }                                          \
+#define VLMOPS_PICK(fn)                                                                                    \
+  ([]() -> decltype(& ::vlmops::generic::fn) {                                                             \
+    switch (::vlmops::current_isa()) {                                                                     \
+      VLMOPS_CASE_neon(fn) VLMOPS_CASE_avx2(fn) VLMOPS_CASE_avx512(fn) VLMOPS_CASE_avx512_bf16(fn) default \
+          : return &::vlmops::generic::fn;                                                                 \
+    }                                                                                                      \
   }())

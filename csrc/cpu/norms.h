@@ -11,14 +11,14 @@ struct NormForward {
   const void* residual;  // null: none
   void* total;           // x + residual, rounded; null without residual
   void* out;
-  const void* weight;    // [cols]; null: ones
-  const void* bias;      // [cols]; null: zeros
+  const void* weight;  // [cols]; null: ones
+  const void* bias;    // [cols]; null: zeros
   long long cols;
   float eps;
-  float offset;          // added to the weight; 0 also means: round before the weight (RMSNorm only)
+  float offset;  // added to the weight; 0 also means: round before the weight (RMSNorm only)
   int dtype;
-  bool float_params;     // weight and bias are float32
-  bool center;           // LayerNorm
+  bool float_params;  // weight and bias are float32
+  bool center;        // LayerNorm
 };
 
 struct NormBackward {
@@ -26,8 +26,8 @@ struct NormBackward {
   const void* grad_total;  // of x + residual; null: none
   const void* h;           // what was normalised
   const void* weight;
-  void* dx;                // null: not wanted
-  float* dweight;          // [cols] partial sums of this thread, added to; null: not wanted
+  void* dx;        // null: not wanted
+  float* dweight;  // [cols] partial sums of this thread, added to; null: not wanted
   float* dbias;
   long long cols;
   float eps;

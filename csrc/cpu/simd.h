@@ -42,8 +42,12 @@ typedef __UINT8_TYPE__ vlmops_u8;
 typedef __INT64_TYPE__ vlmops_i64;
 
 namespace vlmops {
-struct BF16 { vlmops_u16 bits; };
-struct FP16 { vlmops_u16 bits; };
+struct BF16 {
+  vlmops_u16 bits;
+};
+struct FP16 {
+  vlmops_u16 bits;
+};
 }  // namespace vlmops
 
 #if VLMOPS_ISA_ID == VLMOPS_ISA_ID_avx512 || VLMOPS_ISA_ID == VLMOPS_ISA_ID_avx512_bf16

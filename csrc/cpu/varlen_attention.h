@@ -23,7 +23,7 @@ struct VarlenAttention {  // one launch; strides in elements
   long long left, right;  // -1: unbounded; causal is right = 0
   const float* cos_q;     // [tokens_q, head_dim] or null
   const float* sin_q;
-  const float* cos_k;     // [tokens_k, head_dim]
+  const float* cos_k;  // [tokens_k, head_dim]
   const float* sin_k;
   bool interleaved;
 };
@@ -46,5 +46,5 @@ VLMOPS_DECLARE(long long, varlen_attention_scratch_bytes, const VarlenAttention*
 // packed: 64-byte aligned.
 VLMOPS_DECLARE(void, varlen_attention_pack, const VarlenAttention* launch, const VarlenTask* task, void* packed)
 // next: the task this thread will probably run after this one, or null. scratch: 64-byte aligned.
-VLMOPS_DECLARE(void, varlen_attention_run, const VarlenAttention* launch, const VarlenTask* task, const VarlenTask* next,
-               void* scratch)
+VLMOPS_DECLARE(void, varlen_attention_run, const VarlenAttention* launch, const VarlenTask* task,
+               const VarlenTask* next, void* scratch)

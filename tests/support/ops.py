@@ -85,7 +85,9 @@ def check_op(
         low, low_grads = _run(lowprec, args, kwargs, "torch", grads)
     for i, (a, b, c) in enumerate(zip(out, low, oracle, strict=True)):
         assert b is None or a.dtype == b.dtype, f"output {i} is {a.dtype}, expected {b.dtype}"
-        assert_close_to_oracle(a, b, c, f"output {i}", dtype) if a.is_floating_point() else torch.testing.assert_close(a, c)
+        assert_close_to_oracle(a, b, c, f"output {i}", dtype) if a.is_floating_point() else torch.testing.assert_close(
+            a, c
+        )
     for i, (a, b, c) in enumerate(zip(out_grads, low_grads, oracle_grads, strict=True)):
         assert_close_to_oracle(a, b, c, f"gradient {i}", dtype)
 

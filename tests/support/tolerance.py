@@ -41,5 +41,7 @@ def assert_close_to_oracle(
     theirs = 0.0 if lowprec is None else max_error(lowprec, oracle)
     finite = oracle.detach()[oracle.detach().isfinite()]
     size = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
-    bound = 2 * theirs + (EPS[out.dtype] if lowprec is not None else max(OWN[out.dtype], OWN[dtype or out.dtype])) * size
+    bound = (
+        2 * theirs + (EPS[out.dtype] if lowprec is not None else max(OWN[out.dtype], OWN[dtype or out.dtype])) * size
+    )
     assert mine <= bound, f"{what}: error {mine:.3e} > {bound:.3e} (torch's own {theirs:.3e}, scale {size:.2e})"

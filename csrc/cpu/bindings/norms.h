@@ -24,29 +24,35 @@ inline const void* rows_of(const std::optional<at::Tensor>& x, const at::Tensor&
 }
 
 // Whether weight and bias are float32 beside low-precision rows; both are then.
-inline bool check_params(const at::Tensor& x, const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias) {
+inline bool check_params(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias) {
   bool mixed = false;
   for (const auto* p : {&weight, &bias}) {
     if (!p->has_value()) continue;
     const at::Tensor& t = p->value();
-    TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1) && t.is_contiguous(), "weight, bias: expected contiguous [", x.size(1), "]");
-    TORCH_CHECK(t.scalar_type() == x.scalar_type() || t.scalar_type() == at::kFloat, "weight, bias: expected x's dtype or float32");
+    TORCH_CHECK(t.dim() == 1 && t.size(0) == x.size(1) && t.is_contiguous(), "weight, bias: expected contiguous [",
+                x.size(1), "]");
+    TORCH_CHECK(t.scalar_type() == x.scalar_type() || t.scalar_type() == at::kFloat,
+                "weight, bias: expected x's dtype or float32");
     mixed |= t.scalar_type() != x.scalar_type();
   }
-  TORCH_CHECK(!mixed || ((!weight || weight->scalar_type() == at::kFloat) && (!bias || bias->scalar_type() == at::kFloat)),
-              "weight, bias: expected the same dtype");
+  TORCH_CHECK(
+      !mixed || ((!weight || weight->scalar_type() == at::kFloat) && (!bias || bias->scalar_type() == at::kFloat)),
+      "weight, bias: expected the same dtype");
   return mixed;
 }
 
 inline int64_t grain(const at::Tensor& x) { return std::max<int64_t>(1, 16384 / x.size(1)); }
 
 inline void check_rows(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.size(1) < (int64_t{1} << 30) && x.is_contiguous(), "x: expected contiguous [T, C]");
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.size(1) < (int64_t{1} << 30) && x.is_contiguous(),
+              "x: expected contiguous [T, C]");
 }
 
-inline std::tuple<at::Tensor, at::Tensor> norm(
-    const at::Tensor& x, const std::optional<at::Tensor>& residual, const std::optional<at::Tensor>& weight,
-    const std::optional<at::Tensor>& bias, double eps, double offset, bool center) {
+inline std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const std::optional<at::Tensor>& residual,
+                                               const std::optional<at::Tensor>& weight,
+                                               const std::optional<at::Tensor>& bias, double eps, double offset,
+                                               bool center) {
   check_rows(x);
   const bool mixed = check_params(x, weight, bias);
   at::Tensor out = at::empty_like(x);
@@ -70,16 +76,19 @@ inline std::tuple<at::Tensor, at::Tensor> norm(
 }
 
 // dx like h; dweight and dbias float32 [C]; empty where not needed.
-inline std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_grad(
-    const at::Tensor& grad, const std::optional<at::Tensor>& grad_total, const at::Tensor& h,
-    const std::optional<at::Tensor>& weight, double eps, double offset, bool center, bool need_x, bool need_weight,
-    bool need_bias) {
+inline std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_grad(const at::Tensor& grad,
+                                                                const std::optional<at::Tensor>& grad_total,
+                                                                const at::Tensor& h,
+                                                                const std::optional<at::Tensor>& weight, double eps,
+                                                                double offset, bool center, bool need_x,
+                                                                bool need_weight, bool need_bias) {
   check_rows(h);
   const bool mixed = check_params(h, weight, std::nullopt);
   const auto floats = h.options().dtype(at::kFloat);
   const int64_t cols = h.size(1), threads = at::get_num_threads();
   at::Tensor dx = need_x ? at::empty_like(h) : at::empty({0}, h.options());
-  at::Tensor dw = at::zeros({need_weight ? threads : 0, cols}, floats), db = at::zeros({need_bias ? threads : 0, cols}, floats);
+  at::Tensor dw = at::zeros({need_weight ? threads : 0, cols}, floats),
+             db = at::zeros({need_bias ? threads : 0, cols}, floats);
   NormBackward shared{};
   shared.grad = rows_of(grad, h, "grad");
   shared.grad_total = rows_of(grad_total, h, "grad_total");

@@ -24,17 +24,20 @@ using at::Tensor;
 
 // cu_seqlens as int64 values, checked: 0 = first <= ... <= last = total.
 inline std::vector<int64_t> sequence_starts(const char* name, const Tensor& cu, int64_t total) {
-  TORCH_CHECK_VALUE(cu.dim() == 1 && cu.numel() >= 1, name, ": expected [n + 1] with a leading 0, got shape ", cu.sizes());
-  TORCH_CHECK_TYPE(cu.scalar_type() == at::kInt || cu.scalar_type() == at::kLong, name, ": expected int32, got ", cu.scalar_type());
+  TORCH_CHECK_VALUE(cu.dim() == 1 && cu.numel() >= 1, name, ": expected [n + 1] with a leading 0, got shape ",
+                    cu.sizes());
+  TORCH_CHECK_TYPE(cu.scalar_type() == at::kInt || cu.scalar_type() == at::kLong, name, ": expected int32, got ",
+                   cu.scalar_type());
   const Tensor wide = cu.to(at::kLong).contiguous();
   const int64_t* values = wide.const_data_ptr<int64_t>();
   std::vector<int64_t> starts(values, values + wide.numel());
   TORCH_CHECK_VALUE(starts[0] == 0, name, ": expected to start at 0, got ", starts[0]);
   for (size_t i = 1; i < starts.size(); ++i) {
-    TORCH_CHECK_VALUE(starts[i] >= starts[i - 1], name, ": expected to be monotone, got ", starts[i - 1], " then ", starts[i],
-                      " at position ", i);
+    TORCH_CHECK_VALUE(starts[i] >= starts[i - 1], name, ": expected to be monotone, got ", starts[i - 1], " then ",
+                      starts[i], " at position ", i);
   }
-  TORCH_CHECK_VALUE(starts.back() == total, name, ": expected to end at the number of tokens ", total, ", got ", starts.back());
+  TORCH_CHECK_VALUE(starts.back() == total, name, ": expected to end at the number of tokens ", total, ", got ",
+                    starts.back());
   return starts;
 }
 
@@ -42,12 +45,14 @@ inline Tensor dense_rows(const Tensor& x) { return x.size(2) == 1 || x.stride(2)
 
 inline std::optional<Tensor> table(const char* name, const std::optional<Tensor>& x, int64_t tokens, int64_t dim) {
   if (!x.has_value()) return std::nullopt;
-  TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == tokens && x->size(1) == dim, name, ": expected shape [", tokens, ", ", dim,
-                    "], got ", x->sizes());
+  TORCH_CHECK_VALUE(x->dim() == 2 && x->size(0) == tokens && x->size(1) == dim, name, ": expected shape [", tokens,
+                    ", ", dim, "], got ", x->sizes());
   return x->to(at::kFloat).contiguous();
 }
 
-inline const float* data_or_null(const std::optional<Tensor>& x) { return x.has_value() ? x->const_data_ptr<float>() : nullptr; }
+inline const float* data_or_null(const std::optional<Tensor>& x) {
+  return x.has_value() ? x->const_data_ptr<float>() : nullptr;
+}
 
 // Runs fn(i, next, worker) for i < count on all threads. Each takes the next `batch` when it is done with its own, so
 // that unequal tasks even out; `next` is what it will run after i, or -1.
@@ -76,16 +81,16 @@ inline int64_t round64(int64_t x) { return (x + 63) / 64 * 64; }
 
 struct Plan {
   std::vector<VarlenTask> tasks;
-  std::vector<VarlenTask> shared;    // one for each (sequence, key head) that several tasks read
-  std::vector<int64_t> shared_at;    // byte offset of its packed K and V
-  std::vector<int64_t> shared_of;    // index into shared of each task, or -1
+  std::vector<VarlenTask> shared;  // one for each (sequence, key head) that several tasks read
+  std::vector<int64_t> shared_at;  // byte offset of its packed K and V
+  std::vector<int64_t> shared_of;  // index into shared of each task, or -1
   int64_t shared_bytes = 0;
-  int64_t longest = 0;               // keys of a task that packs its own
+  int64_t longest = 0;  // keys of a task that packs its own
 };
 
 // A (sequence, key head) is one task, unless that is too coarse for the threads: then runs of its query rows are.
-inline Plan plan(const VarlenAttention& launch, const std::vector<int64_t>& starts_q, const std::vector<int64_t>& starts_k,
-                 const std::vector<int64_t>& prefix, int64_t threads) {
+inline Plan plan(const VarlenAttention& launch, const std::vector<int64_t>& starts_q,
+                 const std::vector<int64_t>& starts_k, const std::vector<int64_t>& prefix, int64_t threads) {
   constexpr int64_t kStrip = 64;
   constexpr int64_t kShare = 4;  // tasks a thread should have to choose from
   Plan p;
@@ -103,7 +108,9 @@ inline Plan plan(const VarlenAttention& launch, const std::vector<int64_t>& star
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return cost(a) > cost(b); });
   const double most = total / double(threads * kShare);
   for (const size_t s : order) {
-    VarlenTask task{starts_q[s], starts_q[s + 1] - starts_q[s], starts_k[s], starts_k[s + 1] - starts_k[s], prefix[s], 0, 0, 0, nullptr};
+    VarlenTask task{
+        starts_q[s], starts_q[s + 1] - starts_q[s], starts_k[s], starts_k[s + 1] - starts_k[s], prefix[s], 0, 0, 0,
+        nullptr};
     const int64_t rows = group * task.len_q, strips = (rows + kStrip - 1) / kStrip;
     const int64_t parts = threads == 1 ? 1 : std::clamp<int64_t>(int64_t(cost(s) / most), 1, strips);
     const int64_t step = (strips + parts - 1) / parts * kStrip;
@@ -128,34 +135,43 @@ inline Plan plan(const VarlenAttention& launch, const std::vector<int64_t>& star
   return p;
 }
 
-std::tuple<Tensor, Tensor> varlen_attention(
-    const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    double scale, bool causal, int64_t left, int64_t right, const std::optional<Tensor>& prefix_lens, double softcap,
-    const std::optional<Tensor>& cos_q, const std::optional<Tensor>& sin_q, const std::optional<Tensor>& cos_k,
-    const std::optional<Tensor>& sin_k, bool interleaved) {
+std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, double scale,
+                                            bool causal, int64_t left, int64_t right,
+                                            const std::optional<Tensor>& prefix_lens, double softcap,
+                                            const std::optional<Tensor>& cos_q, const std::optional<Tensor>& sin_q,
+                                            const std::optional<Tensor>& cos_k, const std::optional<Tensor>& sin_k,
+                                            bool interleaved) {
   TORCH_CHECK_VALUE(q_in.dim() == 3, "q: expected [Tq, Hq, D], got shape ", q_in.sizes());
-  TORCH_CHECK_VALUE(k_in.dim() == 3 && k_in.size(2) == q_in.size(2), "k: expected [Tk, Hkv, ", q_in.size(2), "], got shape ", k_in.sizes());
+  TORCH_CHECK_VALUE(k_in.dim() == 3 && k_in.size(2) == q_in.size(2), "k: expected [Tk, Hkv, ", q_in.size(2),
+                    "], got shape ", k_in.sizes());
   TORCH_CHECK_VALUE(v_in.sizes() == k_in.sizes(), "v: expected shape ", k_in.sizes(), " like k, got ", v_in.sizes());
-  const int64_t tq = q_in.size(0), heads_q = q_in.size(1), dim = q_in.size(2), tk = k_in.size(0), heads_kv = k_in.size(1);
+  const int64_t tq = q_in.size(0), heads_q = q_in.size(1), dim = q_in.size(2), tk = k_in.size(0),
+                heads_kv = k_in.size(1);
   TORCH_CHECK_VALUE(dim >= 1 && dim <= 512, "q: expected 1 <= head_dim <= 512, got ", dim);
-  TORCH_CHECK_VALUE(heads_kv >= 1 && heads_q % heads_kv == 0, "k: expected a number of heads that divides q's ", heads_q, ", got ", heads_kv);
-  TORCH_CHECK_TYPE(k_in.scalar_type() == q_in.scalar_type(), "k: expected ", q_in.scalar_type(), " like q, got ", k_in.scalar_type());
-  TORCH_CHECK_TYPE(v_in.scalar_type() == q_in.scalar_type(), "v: expected ", q_in.scalar_type(), " like q, got ", v_in.scalar_type());
+  TORCH_CHECK_VALUE(heads_kv >= 1 && heads_q % heads_kv == 0, "k: expected a number of heads that divides q's ",
+                    heads_q, ", got ", heads_kv);
+  TORCH_CHECK_TYPE(k_in.scalar_type() == q_in.scalar_type(), "k: expected ", q_in.scalar_type(), " like q, got ",
+                   k_in.scalar_type());
+  TORCH_CHECK_TYPE(v_in.scalar_type() == q_in.scalar_type(), "v: expected ", q_in.scalar_type(), " like q, got ",
+                   v_in.scalar_type());
   const int dtype = float_dtype(q_in, "q");
   const auto starts_q = sequence_starts("cu_seqlens_q", cu_seqlens_q, tq);
   const auto starts_k = sequence_starts("cu_seqlens_k", cu_seqlens_k, tk);
-  TORCH_CHECK_VALUE(starts_k.size() == starts_q.size(), "cu_seqlens_k: expected ", starts_q.size(), " values like cu_seqlens_q, got ", starts_k.size());
+  TORCH_CHECK_VALUE(starts_k.size() == starts_q.size(), "cu_seqlens_k: expected ", starts_q.size(),
+                    " values like cu_seqlens_q, got ", starts_k.size());
   std::vector<int64_t> prefix(starts_q.size() - 1, 0);
   if (prefix_lens.has_value()) {
-    TORCH_CHECK_VALUE(prefix_lens->dim() == 1 && prefix_lens->numel() == int64_t(prefix.size()), "prefix_lens: expected [",
-                      prefix.size(), "], got shape ", prefix_lens->sizes());
+    TORCH_CHECK_VALUE(prefix_lens->dim() == 1 && prefix_lens->numel() == int64_t(prefix.size()),
+                      "prefix_lens: expected [", prefix.size(), "], got shape ", prefix_lens->sizes());
     const Tensor wide = prefix_lens->to(at::kLong).contiguous();
     for (size_t i = 0; i < prefix.size(); ++i) prefix[i] = std::max<int64_t>(0, wide.const_data_ptr<int64_t>()[i]);
   }
   std::optional<Tensor> cq, sq, ck, sk;
   if (cos_q.has_value()) {
     TORCH_CHECK_VALUE(dim % 2 == 0, "cos_q: expected an even head_dim, got ", dim);
-    TORCH_CHECK_VALUE(sin_q.has_value() && cos_k.has_value() == sin_k.has_value(), "sin_q, sin_k: expected beside cos_q, cos_k");
+    TORCH_CHECK_VALUE(sin_q.has_value() && cos_k.has_value() == sin_k.has_value(),
+                      "sin_q, sin_k: expected beside cos_q, cos_k");
     TORCH_CHECK_VALUE(cos_k.has_value() || tk == tq, "cos_k: needed where k has ", tk, " tokens and q ", tq);
     cq = table("cos_q", cos_q, tq, dim);
     sq = table("sin_q", sin_q, tq, dim);
@@ -168,11 +184,31 @@ std::tuple<Tensor, Tensor> varlen_attention(
   if (out.numel() == 0) return {out, lse};
 
   static const float nothing = 0.f;  // an address for empty k and v, which have none
-  const VarlenAttention launch{
-      dtype, q.const_data_ptr(), tk > 0 ? k.const_data_ptr() : &nothing, tk > 0 ? v.const_data_ptr() : &nothing, out.data_ptr(), lse.data_ptr<float>(),
-      q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), tq,
-      int(heads_q), int(heads_kv), int(dim), float(scale), softcap > 0 ? float(softcap) : 0.f,
-      left, causal ? 0 : right, data_or_null(cq), data_or_null(sq), data_or_null(ck), data_or_null(sk), interleaved};
+  const VarlenAttention launch{dtype,
+                               q.const_data_ptr(),
+                               tk > 0 ? k.const_data_ptr() : &nothing,
+                               tk > 0 ? v.const_data_ptr() : &nothing,
+                               out.data_ptr(),
+                               lse.data_ptr<float>(),
+                               q.stride(0),
+                               q.stride(1),
+                               k.stride(0),
+                               k.stride(1),
+                               v.stride(0),
+                               v.stride(1),
+                               tq,
+                               int(heads_q),
+                               int(heads_kv),
+                               int(dim),
+                               float(scale),
+                               softcap > 0 ? float(softcap) : 0.f,
+                               left,
+                               causal ? 0 : right,
+                               data_or_null(cq),
+                               data_or_null(sq),
+                               data_or_null(ck),
+                               data_or_null(sk),
+                               interleaved};
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   Plan work = plan(launch, starts_q, starts_k, prefix, threads);
   const int64_t tasks = int64_t(work.tasks.size()), workers = std::min(threads, tasks);

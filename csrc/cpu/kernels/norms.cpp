@@ -37,7 +37,9 @@ VLMOPS_INLINE float row_sum(const T* p, int n, F f) {
   return reduce_add((s0 + s1) + (s2 + s3));
 }
 
-struct Stats { float mean, rstd; };
+struct Stats {
+  float mean, rstd;
+};
 
 template <class T, bool kCenter>
 VLMOPS_INLINE Stats row_stats(const T* h, int n, float eps) {
@@ -73,13 +75,15 @@ void forward_rows(const NormForward& a, long long first, long long last) {
       T* total = static_cast<T*>(a.total) + row * a.cols;
       each_vector(
           n, [&](int i) __attribute__((always_inline)) { store(total + i, load(x + i) + load(r + i)); },
-          [&](int i, int m) __attribute__((always_inline)) { store_n(total + i, load_n(x + i, m) + load_n(r + i, m), m); });
+          [&](int i, int m)
+              __attribute__((always_inline)) { store_n(total + i, load_n(x + i, m) + load_n(r + i, m), m); });
       h = total;
     }
     const Stats s = row_stats<T, kCenter>(h, n, a.eps);
     const Vec mean = set1(s.mean), rstd = set1(s.rstd);
     T* out = static_cast<T*>(a.out) + row * a.cols;
-    const auto hat = [mean, rstd](Vec v) __attribute__((always_inline)) { return kCenter ? (v - mean) * rstd : v * rstd; };
+    const auto hat = [mean, rstd](Vec v)
+                         __attribute__((always_inline)) { return kCenter ? (v - mean) * rstd : v * rstd; };
     if (weight == nullptr) {
       each_vector(
           n,
@@ -94,7 +98,8 @@ void forward_rows(const NormForward& a, long long first, long long last) {
     } else if (round_first) {
       each_vector(
           n,
-          [&](int i) __attribute__((always_inline)) { store(out + i, rounded(hat(load(h + i)), h) * load(weight + i)); },
+          [&](int i)
+              __attribute__((always_inline)) { store(out + i, rounded(hat(load(h + i)), h) * load(weight + i)); },
           [&](int i, int m) __attribute__((always_inline)) {
             store_n(out + i, rounded(hat(load_n(h + i, m)), h) * load_n(weight + i, m), m);
           });
@@ -129,7 +134,8 @@ void backward_rows(const NormBackward& a, long long first, long long last) {
     const T* grad = static_cast<const T*>(a.grad) + row * a.cols;
     const Stats s = row_stats<T, kCenter>(h, n, a.eps);
     const Vec mean = set1(s.mean), rstd = set1(s.rstd);
-    const auto hat = [mean, rstd](Vec v) __attribute__((always_inline)) { return kCenter ? (v - mean) * rstd : v * rstd; };
+    const auto hat = [mean, rstd](Vec v)
+                         __attribute__((always_inline)) { return kCenter ? (v - mean) * rstd : v * rstd; };
     Vec sum_g = zero(), sum_gx = zero();
     // Missing lanes of a short vector have grad 0 and so add nothing to any sum.
     each_vector(

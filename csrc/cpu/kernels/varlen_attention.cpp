@@ -41,8 +41,7 @@ static void write_rows(const Strip& t, T* const* rows, int lanes) {
         const int from = i < n ? x + i : x;
         if constexpr (Cells::kDepth == 2)
           r[i] = paired ? Cells::join_any(element(2 * from), element(2 * from + 1)) : element(from);
-        else
-          r[i] = element(from);
+        else r[i] = element(from);
       }
       transpose(r);
 #pragma GCC unroll 16
@@ -58,7 +57,8 @@ static void write_rows(const Strip& t, T* const* rows, int lanes) {
 
 // What to fetch during a strip: the queries of the next one; during the last, also the first keys of the next task.
 template <class T>
-static void look_ahead(const VarlenAttention& a, const VarlenTask& task, const VarlenTask* next, i64 row, Ahead& ahead) {
+static void look_ahead(const VarlenAttention& a, const VarlenTask& task, const VarlenTask* next, i64 row,
+                       Ahead& ahead) {
   constexpr i64 kSize = sizeof(T);
   ahead.clear(a.head_dim * static_cast<int>(kSize));
   if (row >= task.last && next == nullptr) return;
@@ -66,14 +66,18 @@ static void look_ahead(const VarlenAttention& a, const VarlenTask& task, const V
   if (row >= task.last) row = next->first;
   const i64 query = row % to.len_q, head = to.head_kv * (a.heads_q / a.heads_kv) + row / to.len_q;
   const i64 left = to.len_q - query < kMaxStrip ? to.len_q - query : kMaxStrip;
-  ahead.add(static_cast<const T*>(a.q) + (to.start_q + query) * a.q_token + head * a.q_head, a.q_token * kSize, left, false);
+  ahead.add(static_cast<const T*>(a.q) + (to.start_q + query) * a.q_token + head * a.q_head, a.q_token * kSize, left,
+            false);
   if (&to == &task || to.packed != nullptr) return;
-  ahead.add(static_cast<const T*>(a.k) + to.start_k * a.k_token + to.head_kv * a.k_head, a.k_token * kSize, to.len_k, false);
-  ahead.add(static_cast<const T*>(a.v) + to.start_k * a.v_token + to.head_kv * a.v_head, a.v_token * kSize, to.len_k, false);
+  ahead.add(static_cast<const T*>(a.k) + to.start_k * a.k_token + to.head_kv * a.k_head, a.k_token * kSize, to.len_k,
+            false);
+  ahead.add(static_cast<const T*>(a.v) + to.start_k * a.v_token + to.head_kv * a.v_head, a.v_token * kSize, to.len_k,
+            false);
 }
 
 template <class Cells, class T, int NR>
-static void run_strip(const VarlenAttention& a, const VarlenTask& task, const VarlenTask* next, Strip& t, Cell* staging, i64 row, int lanes) {
+static void run_strip(const VarlenAttention& a, const VarlenTask& task, const VarlenTask* next, Strip& t, Cell* staging,
+                      i64 row, int lanes) {
   const int dim = a.head_dim, group = a.heads_q / a.heads_kv;
   const bool masked = a.left >= 0 || a.right >= 0;
   const Cell* rows[kMaxStrip];
@@ -110,7 +114,8 @@ static void run_strip(const VarlenAttention& a, const VarlenTask& task, const Va
   }
   transpose_rows<NR>(rows, t.cells, t.q);
   look_ahead<T>(a, task, next, row + lanes, *t.ahead);
-  t.ahead->add(out[0], i64(a.heads_q) * dim * static_cast<i64>(sizeof(T)), lanes < task.len_q ? lanes : task.len_q, true);
+  t.ahead->add(out[0], i64(a.heads_q) * dim * static_cast<i64>(sizeof(T)), lanes < task.len_q ? lanes : task.len_q,
+               true);
   attend<Cells, NR>(t, task.len_k, masked, lanes);
   write_rows<Cells, NR>(t, out, lanes);
   for (int g = 0; g * kLanes < lanes; ++g) {
@@ -155,13 +160,15 @@ static void run_task(const VarlenAttention& a, const VarlenTask& task, const Var
   t.v = reinterpret_cast<const Cell*>(packed + packed_keys_bytes<Cells>(dim, task.len_k));
   t.v_stride = dim;
   if (in_place && a.cos_k == nullptr) {
-    t.k = reinterpret_cast<const Cell*>(static_cast<const T*>(a.k) + task.start_k * a.k_token + task.head_kv * a.k_head);
+    t.k =
+        reinterpret_cast<const Cell*>(static_cast<const T*>(a.k) + task.start_k * a.k_token + task.head_kv * a.k_head);
     t.k_stride = a.k_token / Cells::kDepth;
   } else if (task.packed == nullptr) {
     pack_keys<Cells, T>(a, task, const_cast<Cell*>(t.k));
   }
   if (in_place && Cells::kDepth == 1) {
-    t.v = reinterpret_cast<const Cell*>(static_cast<const T*>(a.v) + task.start_k * a.v_token + task.head_kv * a.v_head);
+    t.v =
+        reinterpret_cast<const Cell*>(static_cast<const T*>(a.v) + task.start_k * a.v_token + task.head_kv * a.v_head);
     t.v_stride = a.v_token;
   } else if (task.packed == nullptr) {
     pack_values<Cells, T>(a, task, const_cast<Cell*>(t.v));
@@ -186,7 +193,8 @@ typedef F32Cells CellsOfBF16;
 #endif
 
 i64 varlen_attention_packed_bytes(const VarlenAttention* a, i64 len_k) {
-  return a->dtype == kBFloat16 ? packed_bytes<CellsOfBF16>(a->head_dim, len_k) : packed_bytes<F32Cells>(a->head_dim, len_k);
+  return a->dtype == kBFloat16 ? packed_bytes<CellsOfBF16>(a->head_dim, len_k)
+                               : packed_bytes<F32Cells>(a->head_dim, len_k);
 }
 
 i64 varlen_attention_scratch_bytes(const VarlenAttention* a, i64 max_len_k) {

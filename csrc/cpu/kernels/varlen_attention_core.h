@@ -1,10 +1,10 @@
 // The attention of one strip of queries: NR vectors of lanes, one query a lane, against all keys of its sequence.
 //
-// Scores come out of the tile transposed, S^T[key][query]. The softmax of one tile runs while the next one is multiplied,
-// on the pipes that do not multiply, so it costs almost nothing; but it then needs a row maximum before all scores are
-// known. Any reference within 2^24 of it does as well, because floats (and bf16 probabilities) keep their relative
-// precision at any magnitude. So the maximum over the first few keys stands in, the row sum tells at the end of a block
-// whether it was good enough, and a block where it was not is done again with the true maximum.
+// Scores come out of the tile transposed, S^T[key][query]. The softmax of one tile runs while the next one is
+// multiplied, on the pipes that do not multiply, so it costs almost nothing; but it then needs a row maximum before all
+// scores are known. Any reference within 2^24 of it does as well, because floats (and bf16 probabilities) keep their
+// relative precision at any magnitude. So the maximum over the first few keys stands in, the row sum tells at the end
+// of a block whether it was good enough, and a block where it was not is done again with the true maximum.
 #pragma once
 
 #include "varlen_attention_pack.h"
@@ -215,7 +215,8 @@ struct ValueTiles {
   }
 };
 
-// Scores of one block with the reference at hand. False if it was off, then only t.p, t.s, t.sum (and t.minus_m if first) changed.
+// Scores of one block with the reference at hand. False if it was off, then only t.p, t.s, t.sum (and t.minus_m if
+// first) changed.
 template <class Cells, int NR>
 static bool fast_block(const Strip& t, i64 begin, i64 end, bool first) {
   for (int j = 0; j < NR; ++j) store(t.sum + j * kLanes, first ? zero() : load(t.l + j * kLanes));
@@ -297,8 +298,9 @@ static void exact_block(const Strip& t, i64 begin, i64 end, bool masked, bool fi
 // All keys. `masked`: lo and hi hold; everything else is visible.
 template <class Cells, int NR>
 static void attend(const Strip& t, i64 len_k, bool masked, int lanes) {
-  i64 begin = 0, end = len_k;                                        // all that any lane sees
-  i64 near_from = 0, near_to = len_k, open_from = 0, open_to = len_k;  // outside the prefix: by some lane, by every lane
+  i64 begin = 0, end = len_k;  // all that any lane sees
+  i64 near_from = 0, near_to = len_k, open_from = 0,
+      open_to = len_k;  // outside the prefix: by some lane, by every lane
   if (masked) {
     float low = t.lo[0], high = t.hi[0], low_all = t.lo[0], high_all = t.hi[0];
     for (int i = 1; i < lanes; ++i) {

@@ -7,8 +7,12 @@ namespace vlmops {
 namespace VLMOPS_ISA {
 
 constexpr int kLanes = 8;
-struct Vec { __m256 v; };
-struct Mask { __m256 m; };
+struct Vec {
+  __m256 v;
+};
+struct Mask {
+  __m256 m;
+};
 
 VLMOPS_INLINE __m256i lanes_(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -60,7 +64,8 @@ VLMOPS_INLINE Vec scale2(Vec p, Vec n) {  // in two halves, so that results belo
   return {_mm256_mul_ps(_mm256_mul_ps(p.v, fa), fb)};
 }
 VLMOPS_INLINE Vec add_exponent(Vec p, Vec u) {
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_castps_si256(u.v), 23)))};
+  return {
+      _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_castps_si256(u.v), 23)))};
 }
 VLMOPS_INLINE Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
 VLMOPS_INLINE Vec split2(Vec x, Vec& e) {
@@ -91,7 +96,9 @@ VLMOPS_INLINE void store16_n_(void* p, __m128i h, int n) {
 }
 
 // bfloat16
-VLMOPS_INLINE __m256 from_bf16_(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+VLMOPS_INLINE __m256 from_bf16_(__m128i h) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
 VLMOPS_INLINE __m128i to_bf16_(__m256 v) {
   const __m256i b = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));

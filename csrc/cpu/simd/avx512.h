@@ -7,8 +7,12 @@ namespace vlmops {
 namespace VLMOPS_ISA {
 
 constexpr int kLanes = 16;
-struct Vec { __m512 v; };
-struct Mask { __mmask16 m; };
+struct Vec {
+  __m512 v;
+};
+struct Mask {
+  __mmask16 m;
+};
 
 VLMOPS_INLINE __mmask16 lanes_(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 VLMOPS_INLINE Vec zero() { return {_mm512_setzero_ps()}; }
@@ -44,7 +48,8 @@ VLMOPS_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 VLMOPS_INLINE Vec scale2(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 VLMOPS_INLINE Vec add_exponent(Vec p, Vec u) {
-  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(u.v), 23)))};
+  return {
+      _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(u.v), 23)))};
 }
 VLMOPS_INLINE Vec swap_pairs(Vec a) { return {_mm512_permute_ps(a.v, 0xb1)}; }
 VLMOPS_INLINE Vec split2(Vec x, Vec& e) {
@@ -61,7 +66,9 @@ VLMOPS_INLINE void store(float* p, Vec v) { _mm512_storeu_ps(p, v.v); }
 VLMOPS_INLINE void store_n(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, lanes_(n), v.v); }
 
 // bfloat16
-VLMOPS_INLINE __m512 from_bf16_(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+VLMOPS_INLINE __m512 from_bf16_(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
 VLMOPS_INLINE __m256i to_bf16_(__m512 v) {
 #if VLMOPS_ISA_ID == VLMOPS_ISA_ID_avx512_bf16
   return (__m256i)_mm512_cvtneps_pbh(v);
@@ -115,7 +122,8 @@ VLMOPS_INLINE void transpose(Vec (&r)[16]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // then the 128-bit lanes themselves
     const __m512i ac0 = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88), ac1 = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
-    const __m512i bd0 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88), bd1 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
+    const __m512i bd0 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88),
+                  bd1 = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
     r[i].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(ac0, bd0, 0x88));
     r[i + 8].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(ac0, bd0, 0xdd));
     r[i + 4].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(ac1, bd1, 0x88));

@@ -8,8 +8,12 @@ constexpr int kLanes = 4;
 typedef float f4_ __attribute__((vector_size(16)));
 typedef vlmops_i32 i4_ __attribute__((vector_size(16)));
 typedef vlmops_u32 u4_ __attribute__((vector_size(16)));
-struct Vec { f4_ v; };
-struct Mask { i4_ m; };
+struct Vec {
+  f4_ v;
+};
+struct Mask {
+  i4_ m;
+};
 
 VLMOPS_INLINE Vec set1(float s) { return {f4_{s, s, s, s}}; }
 VLMOPS_INLINE Vec zero() { return set1(0.f); }
@@ -56,7 +60,8 @@ VLMOPS_INLINE float reduce_max(Vec a) {
 }
 
 VLMOPS_INLINE Vec scale2(Vec p, Vec n) {  // in two halves, so that results below the normal range come out right
-  const f4_ m = n.v + set1(12582912.f).v;  // the whole number in the low mantissa bits, no conversion that NaN could break
+  const f4_ m =
+      n.v + set1(12582912.f).v;  // the whole number in the low mantissa bits, no conversion that NaN could break
   const i4_ i = ((i4_)m << 9) >> 9;
   const i4_ a = i >> 1, b = i - a;
   const f4_ fa = (f4_)((u4_)(a + 127) << 23), fb = (f4_)((u4_)(b + 127) << 23);

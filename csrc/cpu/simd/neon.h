@@ -7,8 +7,12 @@ namespace vlmops {
 namespace VLMOPS_ISA {
 
 constexpr int kLanes = 4;
-struct Vec { float32x4_t v; };
-struct Mask { uint32x4_t m; };
+struct Vec {
+  float32x4_t v;
+};
+struct Mask {
+  uint32x4_t m;
+};
 
 VLMOPS_INLINE Vec zero() { return {vdupq_n_f32(0.f)}; }
 VLMOPS_INLINE Vec set1(float s) { return {vdupq_n_f32(s)}; }

@@ -53,5 +53,3 @@ def activation_backward(grad: Tensor, x: Tensor, name: str) -> Tensor:
     if name == "relu":
         return grad * (x > 0)
     raise ValueError(f"unknown activation {name!r}")
-
-

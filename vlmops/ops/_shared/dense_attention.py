@@ -66,7 +66,7 @@ def batch_attention(
     repeat = q.shape[1] // max(1, k.shape[1])
     if repeat > 1 and mask is None:
         # The query heads of one key head are more rows over the same keys: no copy of k and v for grouped queries.
-        heads, rows = q.shape[1:3]
+        rows = q.shape[2]
         out, lse = batch_attention(q.unflatten(1, (-1, repeat)).flatten(2, 3), k, v, None, scale, softcap)
         return out.unflatten(2, (repeat, rows)).flatten(1, 2), lse.unflatten(2, (repeat, rows)).flatten(1, 2)
     if repeat > 1:

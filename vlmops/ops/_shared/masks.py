@@ -13,7 +13,9 @@ def has_mask(causal: bool, left: int, right: int) -> bool:
     return causal or left >= 0 or right >= 0
 
 
-def attention_mask(len_q: int, len_k: int, causal: bool, left: int, right: int, prefix: int, device: torch.device) -> Tensor:
+def attention_mask(
+    len_q: int, len_k: int, causal: bool, left: int, right: int, prefix: int, device: torch.device
+) -> Tensor:
     """Visible keys of one sequence, bool [len_q, len_k].
 
     Query i sits at key position i + len_k - len_q (bottom-right alignment). ``left``/``right`` are -1 for

@@ -63,7 +63,6 @@ class Op:
         same_gradient: argument -> differentiable argument whose gradient it shares (both terms of a sum): the backward
             op cannot return one tensor twice.
         tiny: ``tiny(*args)`` is True where measuring would cost more than it can win (static order then).
-
         bucketed: tensor arguments all of whose sizes are bucketed (pictures: each has its own height and width).
 
     The tuning key holds every option and every size; the first size of each tensor (rows, tokens) is bucketed.

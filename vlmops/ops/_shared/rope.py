@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain PyTorch (RoFormer, Su et al. 2021), both layouts, shared by the attentions and ``rotary``."""
+"""Rotary position embedding in plain PyTorch (RoFormer, Su et al. 2021), both layouts; shared by all that rotate."""
 
 from __future__ import annotations
 

@@ -138,7 +138,8 @@ def _channels(weight: Tensor, patch_size: int, frames: int, channels_last: bool)
         area = patch_size * patch_size * frames
         if weight.shape[1] % area or weight.shape[1] == 0:
             raise ValueError(
-                f"weight: expected rows of C * {frames} * {patch_size} * {patch_size} elements, got {checks.describe(weight)}"
+                f"weight: expected rows of C * {frames} * {patch_size} * {patch_size} elements, "
+                f"got {checks.describe(weight)}"
             )
         return weight.shape[1] // area
     if channels_last:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 from vlmops.ops._shared import checks

@@ -1,6 +1,6 @@
 """The (cos, sin) tables [T, D] of 2-D vision RoPE, from grids: index arithmetic on the grid's own device, no loop.
 
-The number of tokens is read from a grid on the CPU. On another device that would wait for it, so there it is an argument.
+The number of tokens is read from a grid on the CPU; elsewhere reading would wait for the device, so it is an argument.
 """
 
 from __future__ import annotations

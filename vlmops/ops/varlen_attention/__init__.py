@@ -103,7 +103,9 @@ def varlen_attention(
         cu_seqlens_k = cu_seqlens_q
     else:
         checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-        checks.check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, f"{list(cu_seqlens_q.shape)} like cu_seqlens_q")
+        checks.check_shape(
+            "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, f"{list(cu_seqlens_q.shape)} like cu_seqlens_q"
+        )
     if prefix_lens is not None:
         checks.check_shape("prefix_lens", prefix_lens, (cu_seqlens_q.shape[0] - 1,), "[n], one a sequence")
         checks.check_same_device("prefix_lens", prefix_lens, q.device, "q")

@@ -21,7 +21,7 @@ def forward(
     cos_q: Tensor | None, sin_q: Tensor | None, cos_k: Tensor | None, sin_k: Tensor | None, interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [Tq, Hq, D] in q's dtype, lse [Hq, Tq]."""
-    if cos_q is not None:
+    if cos_q is not None and sin_q is not None and cos_k is not None and sin_k is not None:
         q, k = apply_rope(q, cos_q, sin_q, interleaved), apply_rope(k, cos_k, sin_k, interleaved)
     if q.device.type == "cpu":
         segments = _segments(q, k, cu_seqlens_q, cu_seqlens_k, prefix_lens)

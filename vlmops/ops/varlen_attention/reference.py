@@ -20,12 +20,16 @@ def forward(
     starts_k = cu_seqlens_list("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     dtype, groups = q.dtype, q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
-    if cos_q is not None:
+    if cos_q is not None and sin_q is not None and cos_k is not None and sin_k is not None:
         q, k = apply_rope(q, cos_q, sin_q, interleaved), apply_rope(k, cos_k, sin_k, interleaved)
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     outs, lses = [q.new_empty(0, *q.shape[1:])], [q.new_empty(q.shape[1], 0)]
     for i in range(len(starts_q) - 1):
-        qi, ki, vi = q[starts_q[i] : starts_q[i + 1]], k[starts_k[i] : starts_k[i + 1]], v[starts_k[i] : starts_k[i + 1]]
+        qi, ki, vi = (
+            q[starts_q[i] : starts_q[i + 1]],
+            k[starts_k[i] : starts_k[i + 1]],
+            v[starts_k[i] : starts_k[i + 1]],
+        )
         scores = torch.einsum("qhd,khd->hqk", qi, ki) * scale  # [H, Lq, Lk]
         if softcap > 0:
             scores = softcap * torch.tanh(scores / softcap)
