@@ -12,17 +12,19 @@ from torch import nn
 
 from vlmops.backends import BACKENDS
 from vlmops.ops._shared.packing import repack
-from vlmops.patch import towers
+from vlmops.patch import attention, layers, towers
 from vlmops.patch.base import KEY
-from vlmops.patch.classes import original_class, patched_class
-from vlmops.patch.find import KIND_TO_OP, Candidate, find
+from vlmops.patch.classes import MIXINS, original_class, patched_class
+from vlmops.patch.find import KIND_TO_OP, OPERATIONS, Candidate, find
+from vlmops.patch.progress import progress
 from vlmops.patch.report import PatchReport, PatchRow, patch_report, remember
 
 __all__ = ["patch_model", "patched", "unpatch_model"]
 
+MIXINS.update({**layers.KINDS, **attention.KINDS})
+
 Model = TypeVar("Model", bound=nn.Module)
 SUPPORTED = ((5, 19), (6, 0))
-OPERATIONS = tuple(dict.fromkeys(op for op in KIND_TO_OP.values() if op != "skip_unused_layers"))
 
 
 def check_transformers() -> None:
@@ -81,41 +83,47 @@ def patch_model(
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     names = wanted_ops(ops)
     check_transformers()
+    known = [row for row in patch_report(model).rows if row.status in ("patched", "undone")]
     if os.environ.get("VLMOPS_DISABLE", "") not in ("", "0"):
-        remember(model, PatchReport(notes=["VLMOPS_DISABLE is set: nothing was changed"]))
+        remember(model, PatchReport(rows=known, notes=["VLMOPS_DISABLE is set: nothing was changed"]))
         return model
-    rows = [row for row in patch_report(model).rows if row.status in ("patched", "undone")]
-    for found in find(model):
-        rows.append(_replace(found, names, backend, bool(verify), dry_run))
+    if not dry_run:
+        _ask_again(model, names, backend, bool(verify))
+    rows = [
+        _replace(found, backend, bool(verify), dry_run)
+        for found in progress("looking for slow parts", lambda: list(find(model, names)))
+    ]
     if skip_unused_layers:
         rows += _skip_layers(model, dry_run)
     if not dry_run:
         towers.give_private_config(model)
-    remember(model, PatchReport(rows=rows))
+    remember(model, PatchReport(rows=known + rows))
     if isinstance(verify, Mapping) and not dry_run:
         with torch.no_grad():
-            model(**verify)
+            progress(f"comparing {len(known + rows)} modules with their originals", model, **verify)
         _undo_failed(model)
     return model
 
 
-def _replace(found: Candidate, names: set[str], backend: str, verify: bool, dry_run: bool) -> PatchRow:
-    row = PatchRow(found.path, type(found.module).__name__, found.operation, backend, "patched")
-    if found.operation not in names:
-        row.status, row.why = "skipped", "not asked for"
-    elif found.why_not:
+def _ask_again(model: nn.Module, names: set[str], backend: str, verify: bool) -> None:
+    """What a second ``patch_model`` asks of the modules that the first one replaced."""
+    for module in model.modules():
+        record = module.__dict__.get(KEY)
+        if record is not None and record.operation in names and original_class(module) is not None:
+            record.backend, record.verify = backend, verify and record.status == "patched"
+
+
+def _replace(found: Candidate, backend: str, verify: bool, dry_run: bool) -> PatchRow:
+    """Replace one module, unless there is a reason not to."""
+    row = PatchRow(found.path, type(found.module).__name__, KIND_TO_OP[found.kind], backend, "patched")
+    if found.why_not:
         row.status, row.why = "skipped", found.why_not
     elif dry_run:
         row.status = "would patch"
     else:
-        try:
-            cls = patched_class(found.kind, type(found.module))
-        except ValueError as err:
-            row.status, row.why = "skipped", str(err)
-            return row
         found.record.backend, found.record.verify = backend, verify
         found.module.__dict__[KEY] = found.record
-        found.module.__class__ = cls
+        found.module.__class__ = patched_class(found.kind, type(found.module))
     return row
 
 
@@ -147,8 +155,7 @@ def _undo_failed(model: nn.Module) -> None:
     for row in report.rows:
         if row.status == "undone":
             _restore(modules[row.module])
-            if row.cls == "PixtralAttention":
-                towers.restore_config(model)
+    towers.take_back_config(model)
 
 
 def unpatch_model(model: Model) -> Model:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmops import ops
-from vlmops.patch.base import KEY, Patched, is_plain, needs_grad, too_small
-from vlmops.patch.classes import register_mixin
+from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts, too_small
+from vlmops.patch.structure import implementation
 
 __all__ = [
     "ATTENTION_NAME",
+    "KINDS",
     "PatchedDenseAttention",
     "PatchedPackedAttention",
     "PatchedPixtralAttention",
@@ -23,100 +26,99 @@ __all__ = [
 ATTENTION_NAME = "vlmops_flash"
 
 
-def plain_children(module: Any) -> bool:
-    modules = module._modules
-    return all(is_plain(modules[name]) for name in module.__dict__[KEY].children)
-
-
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else kwargs.get("hidden_states")
 
 
-def usable(module: Any, x: Any) -> bool:
-    """No gradient, autocast, active dropout, touched child or request for attention weights."""
-    if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type) or not plain_children(module):
-        return False
-    first = module._modules[module.__dict__[KEY].children[0]]
-    return x.dtype is first.weight.dtype and not too_small(x, first.out_features)
+class _Attention(Patched):
+    """Projections and attention of packed or batched tokens; ``record.children`` names the projections."""
 
+    op = "varlen_attention"
 
-def inactive_dropout(module: Any) -> bool:
-    return not module.training or module.__dict__[KEY].facts["dropout"](module) == 0.0
-
-
-def qwen_dropout(module: Any) -> float:
-    return float(module.attention_dropout)
-
-
-def plain_dropout(module: Any) -> float:
-    return float(module.dropout)
-
-
-class PatchedPackedAttention(Patched):
-    """Qwen2-VL and Qwen2.5-VL: fused q/k/v projection, 2-D RoPE in the attention's own loads, all images in one call."""
-
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        x = first_tensor(args, kwargs)
-        if not usable(self, x) or not inactive_dropout(self) or kwargs.get("output_attentions"):
+    def usable(self, record: Record, x: Any, kwargs: dict[str, Any]) -> bool:
+        """Nobody asked for attention weights, a causal mask or dropout, and no child was touched."""
+        first = self._modules[record.children[0]]
+        if type(first) not in PLAIN or kwargs.get("output_attentions") or kwargs.get("is_causal"):
             return False
-        positions = args[2] if len(args) > 2 else kwargs.get("position_embeddings")
-        return positions is not None and not needs_grad(self, x)
+        if implementation(self) == "eager" or not plain_parts(self, record):
+            return False
+        if not isinstance(x, Tensor) or x.dtype is not first._parameters["weight"].dtype:
+            return False
+        return not too_small(x, first.out_features)
+
+    def project(self, x: Tensor, name: str) -> Tensor:
+        own = self._modules[name]._parameters
+        return ops.linear(x, own["weight"], own["bias"])
+
+    def weight(self, record: Record) -> Tensor:
+        return self._modules[record.children[0]]._parameters["weight"]
+
+
+class PatchedPackedAttention(_Attention):
+    """Qwen's towers: fused q/k/v projection, 2-D RoPE in the attention's own loads, all images in one call."""
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        x = first_tensor(args, kwargs)
+        if not self.usable(record, x, kwargs) or x.dim() != 2 or not plain_call(x, self.weight(record)):
+            return False
+        tables = args[2] if len(args) > 2 else kwargs.get("position_embeddings")
+        cu_seqlens = args[1] if len(args) > 1 else kwargs.get("cu_seqlens")
+        return tables is not None and isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype is torch.int32
 
     def fused(
-        self,
-        hidden_states: Tensor,
-        cu_seqlens: Tensor,
-        position_embeddings: Any = None,
-        max_seqlen: Any = None,
+        self, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, max_seqlen: Any = None,
         **kwargs: Any,
-    ) -> Tensor:
-        tokens = hidden_states.shape[0]
-        qkv = ops.linear(hidden_states, self.qkv.weight, self.qkv.bias).view(tokens, 3, self.num_heads, -1)
+    ) -> Tensor:  # fmt: skip
+        facts = self.__dict__[KEY].facts
+        tokens, heads, size = hidden_states.shape[0], facts["heads"], facts["head_dim"]
+        q, k, v = self.project(hidden_states, "qkv").view(tokens, 3, heads, size).unbind(1)
         cos, sin = position_embeddings
+        longest = max_seqlen if isinstance(max_seqlen, int) else None  # a tensor would have to be read back
         out = ops.varlen_attention(
-            qkv[:, 0], qkv[:, 1], qkv[:, 2], cu_seqlens, rope=(cos.reshape(tokens, -1), sin.reshape(tokens, -1)),
-            scale=self.scaling, max_seqlen_q=max_seqlen if isinstance(max_seqlen, int) else None,
-            max_seqlen_k=max_seqlen if isinstance(max_seqlen, int) else None,
+            q, k, v, cu_seqlens, rope=(cos.reshape(tokens, size), sin.reshape(tokens, size)), scale=facts["scale"],
+            max_seqlen_q=longest, max_seqlen_k=longest,
         )  # fmt: skip
-        return ops.linear(out.view(tokens, -1), self.proj.weight, self.proj.bias)
+        return self.project(out.view(tokens, heads * size), "proj")
 
 
-class PatchedDenseAttention(Patched):
+class PatchedDenseAttention(_Attention):
     """CLIP, SigLIP and their like: a batch of equal sequences without a mask."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    declines = True
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         x = first_tensor(args, kwargs)
-        if not usable(self, x) or not inactive_dropout(self) or x.dim() != 3:
+        if len(args) > 2 or not self.usable(record, x, kwargs) or x.dim() != 3:
             return False
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if mask is not None or kwargs.get("is_causal") or kwargs.get("output_attentions"):
-            return False
-        return not needs_grad(self, x)
+        return mask is None and plain_call(x, self.weight(record))
 
     def fused(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, None]:
         batch, length, _ = hidden_states.shape
-        facts, modules = self.__dict__[KEY].facts, self._modules
-        names = self.__dict__[KEY].children
-        x = hidden_states.reshape(batch * length, -1)
-        q, k, v = (
-            ops.linear(x, modules[name].weight, modules[name].bias).view(batch * length, -1, facts["head_dim"])
-            for name in names[:3]
-        )
-        cu = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=x.device)
+        record = self.__dict__[KEY]
+        facts, names = record.facts, record.children
+        tokens, heads, size = batch * length, facts["heads"], facts["head_dim"]
+        x = hidden_states.reshape(tokens, -1)
+        q, k, v = (self.project(x, name).view(tokens, heads, size) for name in names[:3])
+        cu = equal_borders(batch, length, x.device)
         out = ops.varlen_attention(q, k, v, cu, scale=facts["scale"], max_seqlen_q=length, max_seqlen_k=length)
-        last = modules[names[3]]
-        return ops.linear(out.view(batch, length, -1), last.weight, last.bias), None
+        return self.project(out.view(batch, length, heads * size), names[3]), None
 
 
-class PatchedPixtralAttention(Patched):
-    """Pixtral: all images' patches in one sequence; their borders come as cu_seq_lens_q instead of a dense mask."""
+class PatchedPixtralAttention(_Attention):
+    """Pixtral: all images' patches in one sequence; their borders come as cu_seq_lens_q instead of a dense mask.
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    Fused with a gradient, too: the original would build that mask.
+    """
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         x = first_tensor(args, kwargs)
-        if not usable(self, x) or not inactive_dropout(self) or x.dim() != 3 or x.shape[0] != 1:
+        if not self.usable(record, x, kwargs) or x.dim() != 3 or x.shape[0] != 1:
             return False
-        positions = args[2] if len(args) > 2 else kwargs.get("position_embeddings")
-        return kwargs.get("cu_seq_lens_q") is not None and positions is not None
+        if torch.is_autocast_enabled(x.device.type):
+            return False
+        tables = args[2] if len(args) > 2 else kwargs.get("position_embeddings")
+        return kwargs.get("cu_seq_lens_q") is not None and tables is not None
 
     def fused(
         self,
@@ -125,24 +127,31 @@ class PatchedPixtralAttention(Patched):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        record = self.__dict__[KEY]
+        facts, names = record.facts, record.children
         x = hidden_states[0]
-        tokens = x.shape[0]
-        q, k, v = (
-            project(x, self._modules[name]).view(tokens, self.num_heads, self.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
+        tokens, heads, size = x.shape[0], facts["heads"], facts["head_dim"]
+        q, k, v = (self.project(x, name).view(tokens, heads, size) for name in names[:3])
         cos, sin = position_embeddings
         longest = kwargs.get("max_length_q")
         out = ops.varlen_attention(
-            q, k, v, kwargs["cu_seq_lens_q"], rope=(cos.reshape(tokens, -1), sin.reshape(tokens, -1)), scale=self.scaling,
-            max_seqlen_q=longest, max_seqlen_k=longest,
+            q, k, v, kwargs["cu_seq_lens_q"], rope=(cos.reshape(tokens, size), sin.reshape(tokens, size)),
+            scale=facts["scale"], max_seqlen_q=longest, max_seqlen_k=longest,
         )  # fmt: skip
-        return project(out.view(tokens, -1), self.o_proj)[None], None
+        return self.project(out.view(tokens, heads * size), names[3])[None], None
 
 
-def project(x: Tensor, layer: Any) -> Tensor:
-    """A plain linear: packed where no gradient is wanted."""
-    return ops.linear(x, layer.weight, layer.bias)
+def equal_borders(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens int32 [batch + 1] of equal sequences; the same tensor every time, but in a traced graph."""
+    if torch.compiler.is_compiling():
+        return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
+    return _kept_borders(batch, length, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_borders(batch: int, length: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
+        return torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=device)
 
 
 def interface(
@@ -163,7 +172,7 @@ def interface(
             torch.nn.functional.scaled_dot_product_attention(
                 *(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), dropout_p=dropout, scale=scaling
             )[0].transpose(0, 1)
-            for a, b in zip(borders, borders[1:], strict=False)
+            for a, b in itertools.pairwise(borders)
         ]
         out = torch.cat(parts)
     else:
@@ -185,9 +194,7 @@ def register_interface() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, no_mask)
 
 
-for kind, mixin in {
-    "packed_attention": PatchedPackedAttention,
-    "dense_attention": PatchedDenseAttention,
+KINDS: dict[str, type[Patched]] = {
+    "packed_attention": PatchedPackedAttention, "dense_attention": PatchedDenseAttention,
     "pixtral_attention": PatchedPixtralAttention,
-}.items():
-    register_mixin(kind, mixin)
+}  # fmt: skip

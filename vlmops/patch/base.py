@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from vlmops.backends import use_backend
+from vlmops.backends import forced_backend, use_backend
+from vlmops.ops._shared.registry import OPS, TRACED_BACKEND
 
-__all__ = ["KEY", "Patched", "Record", "is_plain", "plain_norm", "too_small"]
+__all__ = ["KEY", "PLAIN", "Patched", "Record", "is_plain", "plain_call", "plain_parts", "too_small", "unhooked"]
 
-#: Multiply-adds under which a module's own forward runs: there the call costs more than the arithmetic (one token through
-#: a 512 x 512 linear is 0.26 million). For norms, elements.
+#: Multiply-adds under which a module's own forward runs: there the call costs more than the arithmetic (one token
+#: through a 512 x 512 linear is 0.26 million). For norms, elements.
 SMALL_PRODUCT = 1 << 20
 SMALL_NORM = 1 << 15
 
 #: Name of the record in a patched module's ``__dict__``: not a parameter, buffer or submodule, so not in any state.
 KEY = "_vlmops"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+#: Classes of an ``nn.Linear`` that computes what ``nn.Linear`` does: itself and, once made, our own subclass of it.
+PLAIN: set[type] = {nn.Linear}
+_TENSORS = (Tensor, nn.Parameter)
+REMEMBERED = 1024  # input shapes a module remembers a choice for
 
 
 @dataclass
@@ -30,74 +35,59 @@ class Record:
     Attributes:
         operation: the op it runs, e.g. "mlp".
         backend: "auto" or a forced one.
-        children: attribute paths of the linears whose plainness every call checks.
+        children: names of the linears in its fused forward, in the order the mixin wants them.
+        others: name -> class of the other children the fused forward runs for (activation, norm).
         covered: paths of the submodules its fused forward runs for: they are not patched on their own.
-        facts: what the mixin computed once (activation name, heads, ...).
+        dropout: names of attributes and children that may drop values in training.
+        facts: what the mixin computed once (activation name, head_dim, ...).
         verify: compare with the original at the next call.
         status: "patched", or why the original runs again.
         error: largest relative difference seen by verify.
+        chosen: (shape, dtype, threads) -> backend that measuring picked; of this machine, so not copied.
     """
 
     operation: str
     backend: str = "auto"
     children: tuple[str, ...] = ()
+    others: dict[str, type] = field(default_factory=dict)
     covered: tuple[str, ...] = ()
+    dropout: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     verify: bool = False
     status: str = "patched"
     error: float | None = None
+    chosen: dict[Any, str] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "chosen": {}}
 
 
-def is_plain(module: nn.Module | None) -> bool:
-    """An ``nn.Linear`` nobody touched: exact class, no hooks, no instance forward (accelerate), so no LoRA or quantisation."""
-    if type(module) is not nn.Linear:
-        return False
+def unhooked(module: nn.Module) -> bool:
+    """No hooks and no instance forward (accelerate sets one)."""
     state = module.__dict__
     return not (
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-        or "forward" in state
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+        or state["_backward_pre_hooks"] or "forward" in state
     )  # fmt: skip
 
 
-def plain_norm(module: nn.Module) -> bool:
-    """No hooks and no instance forward on any module."""
-    state = module.__dict__
-    return not any(state[name] for name in _HOOKS) and "forward" not in state
+def is_plain(module: nn.Module | None) -> bool:
+    """An ``nn.Linear`` nobody touched: exact class (or ours), no hooks, no instance forward; so no LoRA either."""
+    return type(module) in PLAIN and unhooked(module)  # type: ignore[arg-type]
 
 
-class Patched:
-    """Mixin in front of the original class. Subclasses bring ``fused`` and, where needed, ``ready``."""
+def plain_call(x: Any, weight: Tensor) -> bool:
+    """A call that can be fused: a tensor of the weight's dtype, no autocast, no gradient, no functorch transform.
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call can run fused."""
-        return True
-
-    def fused(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        record: Record = self.__dict__[KEY]
-        if record.status != "patched" or not self.ready(args, kwargs):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        if record.verify:
-            return self._verified(record, args, kwargs)
-        if record.backend == "auto":
-            return self.fused(*args, **kwargs)
-        with use_backend(record.backend):
-            return self.fused(*args, **kwargs)
-
-    def _verified(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        from vlmops.patch.verify import relative_error, tolerance
-
-        record.verify = False
-        want = super().forward(*args, **kwargs)  # type: ignore[misc]
-        with use_backend(record.backend) if record.backend != "auto" else contextlib.nullcontext():
-            got = self.fused(*args, **kwargs)
-        record.error = relative_error(got, want)
-        if not record.error <= tolerance(want):
-            record.status = f"undone: differs from the original by {record.error:.1e}"
-            return want
-        return got
+    A weight of another class (quantised, sharded) computes something only its own class knows.
+    """
+    if not (type(x) in _TENSORS and type(weight) in _TENSORS and x.dtype is weight.dtype):
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
 
 def too_small(x: Tensor, width: int) -> bool:
@@ -105,8 +95,89 @@ def too_small(x: Tensor, width: int) -> bool:
     return x.numel() * width < SMALL_PRODUCT
 
 
-def needs_grad(module: nn.Module, *tensors: Tensor) -> bool:
-    """Whether autograd will ask for a gradient through this module: then the original runs (it is what was trained with)."""
-    return torch.is_grad_enabled() and (
-        any(t.requires_grad for t in tensors) or next(iter(module.parameters())).requires_grad
-    )
+def plain_parts(module: Any, record: Record) -> bool:
+    """Whether every child that the fused forward bypasses is what it was at patching, and dropout does nothing."""
+    if _has_any_global_hook():
+        return False
+    modules = module._modules
+    for name in record.children:
+        if not is_plain(modules[name]):
+            return False
+    for name, cls in record.others.items():
+        child = modules[name]
+        if type(child) is not cls or not unhooked(child):
+            return False
+    return not record.dropout or not active_dropout(module, record.dropout)
+
+
+def active_dropout(module: Any, names: tuple[str, ...]) -> bool:
+    """Whether a dropout child is in training with p > 0, or the module is and has a dropout rate."""
+    for name in names:
+        child = module._modules.get(name)
+        if child is not None:
+            if child.training and child.p > 0:
+                return True
+        elif module.training and float(getattr(module, name)) > 0.0:
+            return True
+    return False
+
+
+class Patched:
+    """Mixin in front of the original class. Subclasses bring ``fused`` and ``ready``.
+
+    Attributes:
+        op: name of the op whose measured choice stands for the module.
+        declines: the original's forward is what the op's "torch" backend computes: where measuring picks that one, the
+            original runs, without the cost of the op's checks.
+    """
+
+    op = ""
+    declines = False
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call can run fused."""
+        raise NotImplementedError
+
+    def fused(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # None: a slice of a patched nn.Sequential, which makes it by its own class
+        record: Record | None = self.__dict__.get(KEY)
+        if record is None or record.status != "patched" or not self.ready(record, args, kwargs):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            TRACED_BACKEND[0] = record.backend  # a context variable cannot be read inside a compiled function
+            out = self.fused(*args, **kwargs)
+            TRACED_BACKEND[0] = "auto"
+            return out
+        if record.verify:
+            return self._verified(record, args, kwargs)
+        if record.backend != "auto":
+            with use_backend(record.backend):
+                return self.fused(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        key = (x.shape, x.dtype, torch.get_num_threads())
+        name = record.chosen.get(key)
+        if name == "torch" and self.declines and forced_backend() is None:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        out = self.fused(*args, **kwargs)
+        if name is None and forced_backend() is None:
+            if len(record.chosen) >= REMEMBERED:
+                record.chosen.clear()
+            record.chosen[key] = OPS[self.op].last
+        return out
+
+    def _verified(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from vlmops.patch.verify import relative_error, tolerance
+
+        record.verify = False
+        with use_backend("reference"):  # Pixtral's original runs on an op of ours, too
+            want = super().forward(*args, **kwargs)  # type: ignore[misc]
+        with use_backend(record.backend) if record.backend != "auto" else contextlib.nullcontext():
+            got = self.fused(*args, **kwargs)
+        record.error = relative_error(got, want)
+        if not record.error <= tolerance(want):
+            record.status = f"undone: differs from the original by {record.error:.1e}"
+            return want
+        return got

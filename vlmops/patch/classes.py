@@ -1,7 +1,8 @@
 """Classes a patched module gets: a subclass of its own class, made on demand, that pickle can find again.
 
 ``__name__`` stays the original's (transformers compares names in ``_no_split_modules``); ``__qualname__`` is
-``kind|module|path|Class`` in this module, where the module ``__getattr__`` makes it again when a pickled model is loaded.
+``kind|module|path|Class`` in this module, where the module ``__getattr__`` makes it again when a pickled model is
+loaded.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["MIXINS", "original_class", "patched_class", "register_mixin"]
+from vlmops.patch.base import PLAIN
 
+__all__ = ["MIXINS", "original_class", "patched_class"]
+
+#: kind -> its fused forward; ``vlmops.patch.api`` fills it.
 MIXINS: dict[str, type] = {}
-
-
-def register_mixin(kind: str, mixin: type) -> None:
-    """Make ``mixin`` the fused forward of ``kind``."""
-    MIXINS[kind] = mixin
 
 
 @cache
@@ -29,13 +28,18 @@ def patched_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
     Raises:
         ValueError: the class cannot be found again by name (nested or local), so a pickled model could not be loaded.
     """
-    found: Any = getattr(importlib.import_module(original.__module__), original.__name__, None)
+    try:
+        found: Any = getattr(importlib.import_module(original.__module__), original.__name__, None)
+    except ImportError:
+        found = None
     if found is not original:
         raise ValueError(f"{original.__module__}.{original.__qualname__} cannot be imported by its name")
     qualname = "|".join((kind, *original.__module__.split("."), original.__name__))
     body = {"__module__": __name__, "__qualname__": qualname, "__doc__": original.__doc__}
     cls = type(original.__name__, (MIXINS[kind], original), body)
     cls.__qualname__ = qualname
+    if kind == "linear" and original is nn.Linear:
+        PLAIN.add(cls)
     return cls
 
 

@@ -9,144 +9,165 @@ from torch import Tensor
 
 from vlmops import ops
 from vlmops.patch import base
-from vlmops.patch.base import KEY, Patched, is_plain, needs_grad, plain_norm, too_small
-from vlmops.patch.classes import register_mixin
+from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts, too_small
 
-__all__ = ["PatchedConv", "PatchedLayerNorm", "PatchedLinear", "PatchedMLP", "PatchedMerger", "PatchedRMSNorm"]
-
-
-def runs_fused(module: Any, x: Any) -> bool:
-    """A call that can be fused: a tensor of the weights' dtype, no autocast, no gradient wanted."""
-    if not isinstance(x, Tensor) or x.dtype is not module.__dict__[KEY].facts["dtype"](module):
-        return False
-    return not torch.is_autocast_enabled(x.device.type) and not needs_grad(module, x)
+__all__ = ["KINDS", "PatchedConv", "PatchedLayerNorm", "PatchedLinear", "PatchedMLP", "PatchedMerger", "PatchedRMSNorm"]
 
 
-def weight_dtype(module: Any) -> torch.dtype:
-    """dtype of a module's own weight."""
-    return module.weight.dtype
+def only_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The one argument of a call, whatever its name; None where there are more."""
+    if len(args) + len(kwargs) != 1:
+        return None
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-class PatchedLinear(Patched):
+class _Leaf(Patched):
+    """One tensor in, one op, its own weight."""
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        x, weight = only_tensor(args, kwargs), self._parameters["weight"]  # type: ignore[attr-defined]
+        return plain_call(x, weight) and not too_small(x, weight.shape[0])
+
+
+class _Norm(_Leaf):
+    """A normalisation over the last dimension."""
+
+    op = "norms"
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        x = only_tensor(args, kwargs)
+        return plain_call(x, self._parameters["weight"]) and x.numel() >= base.SMALL_NORM  # type: ignore[attr-defined]
+
+
+class PatchedLinear(_Leaf):
     """``nn.Linear`` with a packed weight."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return len(args) == 1 and not kwargs and runs_fused(self, args[0]) and not too_small(args[0], self.out_features)
+    op, declines = "linear", True
 
-    def fused(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def fused(self, input: Tensor) -> Tensor:
+        own = self._parameters
+        return ops.linear(input, own["weight"], own["bias"])
 
 
-class PatchedLayerNorm(Patched):
+class PatchedLayerNorm(_Norm):
     """``nn.LayerNorm`` over the last dimension."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return len(args) == 1 and not kwargs and runs_fused(self, args[0]) and args[0].numel() >= base.SMALL_NORM
+    declines = True
 
-    def fused(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+    def fused(self, input: Tensor) -> Tensor:
+        own = self._parameters
+        return ops.layer_norm(input, own["weight"], own["bias"], eps=self.eps)
 
 
-class PatchedRMSNorm(Patched):
+class PatchedRMSNorm(_Norm):
     """The RMSNorm of Llama, Mistral, Qwen and Pixtral: weight * round(x / rms)."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return len(args) == 1 and not kwargs and runs_fused(self, args[0]) and args[0].numel() >= base.SMALL_NORM
-
-    def fused(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.__dict__[KEY].facts["eps"])
+    def fused(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return ops.rms_norm(only_tensor(args, kwargs), self._parameters["weight"], eps=self.__dict__[KEY].facts["eps"])
 
 
-class PatchedMLP(Patched):
-    """linear -> activation -> linear, or its gated form, by the names in the record."""
+class _Compound(Patched):
+    """One tensor in, one op, the weights of children: ``record.children`` names them."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if len(args) != 1 or kwargs or not runs_fused(self, args[0]):
+    op = "mlp"
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        first, x = self._modules[record.children[0]], only_tensor(args, kwargs)
+        if type(first) not in PLAIN or not plain_call(x, first._parameters["weight"]):
             return False
-        modules, names = self._modules, self.__dict__[KEY].children
-        if too_small(args[0], modules[names[0]].out_features):
-            return False
-        return all(is_plain(modules[name]) for name in names)
+        return not too_small(x, first._parameters["weight"].shape[0]) and plain_parts(self, record)
 
-    def fused(self, x: Tensor) -> Tensor:
+
+class PatchedMLP(_Compound):
+    """linear -> activation -> linear, or its gated form (children: gate, up, down)."""
+
+    declines = True
+
+    def fused(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        x = only_tensor(args, kwargs)
         record = self.__dict__[KEY]
         modules = self._modules
         activation = record.facts["activation"]
         if len(record.children) == 2:
-            first, second = (modules[name] for name in record.children)
-            return ops.mlp(x, first.weight, first.bias, second.weight, second.bias, activation=activation)
-        gate, up, down = (modules[name] for name in record.children)
+            first, second = (modules[name]._parameters for name in record.children)
+            return ops.mlp(x, first["weight"], first["bias"], second["weight"], second["bias"], activation=activation)
+        gate, up, down = (modules[name]._parameters for name in record.children)
         return ops.mlp(
-            x, up.weight, up.bias, down.weight, down.bias, activation=activation, w_gate=gate.weight, b_gate=gate.bias
-        )
+            x, up["weight"], up["bias"], down["weight"], down["bias"], activation=activation, w_gate=gate["weight"],
+            b_gate=gate["bias"],
+        )  # fmt: skip
 
 
-class PatchedMerger(Patched):
-    """Qwen2-VL's merger: norm, four rows into one, MLP."""
+class PatchedMerger(_Compound):
+    """The 2x2 mergers of Qwen: norm, four rows into one, MLP (its linears may sit in an ``nn.Sequential``)."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if len(args) != 1 or kwargs or not runs_fused(self, args[0]) or args[0].dim() != 2:
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        inner = self._modules.get("mlp", self)
+        inner_record: Record = record.facts["inner"]
+        x = only_tensor(args, kwargs)
+        first = inner._modules[inner_record.children[0]]
+        if type(first) not in PLAIN or not plain_call(x, first._parameters["weight"]) or x.dim() != 2:
             return False
-        return is_plain(self.mlp[0]) and is_plain(self.mlp[2]) and plain_norm(self.ln_q) and plain_norm(self.mlp)
+        return not too_small(x, first.out_features) and plain_parts(self, record) and plain_parts(inner, inner_record)
 
-    def fused(self, x: Tensor) -> Tensor:
-        first, second = self.mlp[0], self.mlp[2]
+    def fused(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        x = only_tensor(args, kwargs)
         facts = self.__dict__[KEY].facts
-        norm = (facts["norm"], self.ln_q.weight, getattr(self.ln_q, "bias", None), facts["eps"])
+        inner = self._modules.get("mlp", self)
+        first, second = (inner._modules[name]._parameters for name in facts["inner"].children)
+        norm = self._modules[facts["norm_name"]]._parameters
+        if facts["gather"] is None:  # the norm comes after the merge
+            x = x.reshape(-1, first["weight"].shape[1])
         return ops.mlp(
-            x,
-            first.weight,
-            first.bias,
-            second.weight,
-            second.bias,
-            activation=facts["activation"],
-            norm=norm,
-            gather="merge2x2",
-        )
+            x, first["weight"], first["bias"], second["weight"], second["bias"], activation=facts["activation"],
+            norm=(facts["norm"], norm["weight"], norm.get("bias"), facts["eps"]), gather=facts["gather"],
+        )  # fmt: skip
 
 
-class PatchedConv(Patched):
+class PatchedConv(_Leaf):
     """A patch embedding: a convolution whose kernel is its stride is one matrix product."""
 
-    def ready(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if len(args) != 1 or kwargs or not runs_fused(self, args[0]):
+    op = "patchify"
+
+    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if not super().ready(record, args, kwargs):
             return False
-        x = args[0]
-        if too_small(x, self.out_channels):
-            return False
-        return x.dim() == self.weight.dim() and all(
-            size % k == 0 for size, k in zip(x.shape[2:], self.kernel_size, strict=True)
+        x = only_tensor(args, kwargs)
+        weight = self._parameters["weight"]
+        return x.dim() == weight.dim() and all(
+            size % k == 0 for size, k in zip(x.shape[2:], weight.shape[2:], strict=True)
         )
 
-    def fused(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if x.dim() == 5:
-            n, _, t, h, w = x.shape
-            grid = (t // weight.shape[2], h // weight.shape[3], w // weight.shape[4])
-            if grid == (1, 1, 1):  # Qwen: every row is one patch already
+    def fused(self, input: Tensor) -> Tensor:
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        n, size = input.shape[0], weight.shape[-1]
+        if input.dim() == 5:
+            t, h, w = (s // k for s, k in zip(input.shape[2:], weight.shape[2:], strict=True))
+            if (t, h, w) == (1, 1, 1):  # Qwen: every row is one patch already
                 tokens, _ = ops.patchify(
-                    x.reshape(n, -1), weight, self.bias, patch_size=weight.shape[3], temporal_patch_size=weight.shape[2],
+                    input.reshape(n, -1), weight, bias, patch_size=size, temporal_patch_size=weight.shape[2],
                     grid_thw=torch.tensor([[1, 1, n]]),
                 )  # fmt: skip
                 return tokens.view(n, weight.shape[0], 1, 1, 1)
             tokens, _ = ops.patchify(
-                x.transpose(1, 2), weight, self.bias, patch_size=weight.shape[3], temporal_patch_size=weight.shape[2]
+                input.transpose(1, 2), weight, bias, patch_size=size, temporal_patch_size=weight.shape[2]
             )
-            return tokens.view(n, *grid, -1).permute(0, 4, 1, 2, 3)
-        n, _, h, w = x.shape
-        tokens, _ = ops.patchify(x, weight, self.bias, patch_size=weight.shape[2])
-        return tokens.view(n, h // weight.shape[2], w // weight.shape[3], -1).permute(0, 3, 1, 2)
+            out = tokens.view(n, t, h, w, -1).permute(0, 4, 1, 2, 3)
+        else:
+            tokens, _ = ops.patchify(input, weight, bias, patch_size=size)
+            out = tokens.view(n, input.shape[2] // size, input.shape[3] // size, -1).permute(0, 3, 1, 2)
+        # Most towers flatten and transpose next, which makes a copy here useless; one that calls .view() needs it.
+        return out.contiguous() if self.__dict__[KEY].facts["contiguous"] else out
 
 
 class SkippedLayer(Patched):
     """A layer whose output nobody reads (``skip_unused_layers``): hands its input on."""
 
-    def fused(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
 
 
-for kind, mixin in {
+KINDS: dict[str, type[Patched]] = {
     "linear": PatchedLinear, "layer_norm": PatchedLayerNorm, "rms_norm": PatchedRMSNorm, "mlp": PatchedMLP,
     "merger": PatchedMerger, "patchify": PatchedConv, "skip": SkippedLayer,
-}.items():  # fmt: skip
-    register_mixin(kind, mixin)
+}  # fmt: skip

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from torch import nn
 
 from vlmops.ops._shared.packing import packed_bytes
-from vlmops.ops._shared.registry import OPS
-from vlmops.patch.base import KEY
+from vlmops.patch.base import KEY, Record
 from vlmops.patch.classes import original_class
 
 __all__ = ["PatchReport", "PatchRow", "patch_report", "remember"]
@@ -81,13 +80,10 @@ def remember(model: nn.Module, report: PatchReport) -> None:
     _kept[model] = report
 
 
-def chosen(operation: str) -> str:
-    """Backends that measuring has picked for an op in this process, e.g. "cpu" or "cpu, torch"."""
-    names = ("layer_norm", "rms_norm", "norms") if operation == "norms" else (operation,)
-    picked: set[str] = set()
-    for name in names:
-        if name in OPS:
-            picked.update(OPS[name]._memory.values())
+def chosen(module: nn.Module, record: Record) -> str:
+    """Backends that measuring has picked for this module so far, e.g. "cpu" or "cpu, original"."""
+    declines = getattr(type(module), "declines", False)
+    picked = {"original" if declines and name == "torch" else name for name in record.chosen.values()}
     return ", ".join(sorted(picked))
 
 
@@ -115,7 +111,7 @@ def patch_report(model: nn.Module) -> PatchReport:
         row.error = record.error
         if record.status != "patched":
             row.status, row.why = "undone", record.status.removeprefix("undone: ")
-        picked = chosen(record.operation) if record.backend == "auto" else ""
+        picked = chosen(module, record) if record.backend == "auto" else ""
         row.backend = f"auto ({picked})" if picked else record.backend
     kept.packed_bytes = packed_bytes(model)
     return kept

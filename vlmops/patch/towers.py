@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from vlmops.patch.attention import ATTENTION_NAME, register_interface
-from vlmops.patch.base import KEY, Patched, Record
+from vlmops.patch.base import Patched, Record
 
-__all__ = ["give_private_config", "restore_config", "unused_layers"]
+__all__ = ["give_private_config", "restore_config", "skip_record", "take_back_config", "unused_layers"]
 
 CONFIG = "_vlmops_config"
 
@@ -47,6 +47,14 @@ def restore_config(model: nn.Module) -> None:
             module.config = original
 
 
+def take_back_config(model: nn.Module) -> None:
+    """Undo it for towers one of whose attentions is no longer patched: they get their dense mask again."""
+    for tower in pixtral_towers(model):
+        attentions = [m for m in tower.modules() if type(m).__name__ == "PixtralAttention"]
+        if CONFIG in tower.__dict__ and not all(isinstance(m, Patched) for m in attentions):
+            restore_config(tower)
+
+
 def unused_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Layers at the end of a LLaVA tower that come after the one whose hidden states are used."""
     found: list[tuple[str, nn.Module]] = []
@@ -67,8 +75,3 @@ def unused_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def skip_record() -> Record:
     """The record of a skipped layer."""
     return Record("skip_unused_layers")
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether the module carries a record of ours."""
-    return KEY in module.__dict__

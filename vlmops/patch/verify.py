@@ -18,7 +18,11 @@ def _first(x: Any) -> Tensor:
 
 
 def relative_error(got: Any, want: Any) -> float:
-    """max|got - want| / max|want|; infinite where shapes, dtypes or the places of NaN differ."""
+    """max|got - want| / max|want|; infinite where kinds of output, shapes, dtypes or the places of NaN differ."""
+    if isinstance(got, tuple) != isinstance(want, tuple):
+        return float("inf")
+    if isinstance(want, tuple) and [x is None for x in got] != [x is None for x in want]:
+        return float("inf")
     got, want = _first(got), _first(want)
     if got.shape != want.shape or got.dtype != want.dtype or not torch.equal(got.isnan(), want.isnan()):
         return float("inf")

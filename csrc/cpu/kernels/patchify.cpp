@@ -37,7 +37,11 @@ VLMOPS_INLINE void strided_run(const In* from, long long stride, Out* to, long l
   In line[kLine];
   for (long long i = 0; i < n; i += kLine) {
     const int k = n - i < kLine ? static_cast<int>(n - i) : kLine;
-    for (int j = 0; j < k; ++j) line[j] = from[(i + j) * stride];
+    if (stride == 3) {  // a constant: the compiler makes shuffles of it
+      for (int j = 0; j < k; ++j) line[j] = from[(i + j) * 3];
+    } else {
+      for (int j = 0; j < k; ++j) line[j] = from[(i + j) * stride];
+    }
     run(static_cast<const In*>(line), to + i, k, scale, shift);
   }
 }
@@ -69,6 +73,7 @@ void tokens(const PatchRows& a, long long first, long long last) {
   const long long per_frame = static_cast<long long>(a.grid_h) * a.grid_w;
   const long long area = static_cast<long long>(a.patch) * a.patch;
   const long long length = area * a.frames * a.channels;
+  const bool gathered = a.channels_last ? a.stride_c != 1 && a.channels != 1 : a.stride_w != 1;
   for (long long token = first; token < last; ++token) {
     const long long group = token / per_frame, rest = token % per_frame;
     const long long image = group / a.grid_t, time = group % a.grid_t;
@@ -84,6 +89,16 @@ void tokens(const PatchRows& a, long long first, long long last) {
     for (int f = 0; f < a.frames; ++f) {
       long long frame = time * a.frames + f;
       frame = frame < a.frames_in ? frame : a.frames_in - 1;  // the last frame fills up
+      // A repeated frame is in place already; where its pixels are dense, reading them again is faster than copying
+      // vectors that were written a moment ago.
+      if (gathered && f > 0 && time * a.frames + f >= a.frames_in) {
+        const long long blocks = a.channels_last ? 1 : a.channels, size = a.channels_last ? area * a.channels : area;
+        for (long long b = 0; b < blocks; ++b) {
+          Out* block = to + (b * a.frames + f) * size;
+          __builtin_memcpy(block, block - size, static_cast<unsigned long>(size) * sizeof(Out));
+        }
+        continue;
+      }
       const In* from = corner + frame * a.stride_t;
       if (a.channels_last) {
         for (int y = 0; y < a.patch; ++y)

@@ -63,7 +63,11 @@ def pack_conversations(pictures: list[scenes.Picture], tokenizer: PreTrainedToke
     rows = []
     for picture in pictures:
         questions = scenes.questions_for(picture, rng, "train")
-        ids, labels, positions, branch, excluded = [], [], [], [], []
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        branch: list[int] = []
+        excluded: list[int] = []
         for number, item in enumerate(rng.sample(questions, min(4, len(questions)))):
             text = f"\n{item.question} ASSISTANT: {item.answer}</s>"
             tokens = tokenizer.encode(text, add_special_tokens=False)

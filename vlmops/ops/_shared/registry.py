@@ -33,6 +33,8 @@ __all__ = ["OPS", "Op"]
 
 LIB = torch.library.Library("vlmops", "FRAGMENT")
 OPS: dict[str, Op] = {}
+#: Backend of the ops traced now: what ``torch.compile`` puts in its graph. Patched modules with a forced backend set it.
+TRACED_BACKEND = ["auto"]
 
 #: Module of each backend. "torch" lives in composition.py: a submodule named torch would replace the package's own
 #: global ``torch`` the moment it is imported.
@@ -95,6 +97,7 @@ class Op:
         self.same = {self.arg_names.index(a): self.arg_names.index(b) for a, b in (same_gradient or {}).items()}
         self.fake = fake
         self.tiny = tiny
+        self.last = ""  # what ``auto`` picked at the latest call; patched modules remember it
         self.bucketed = frozenset(bucketed)
         self.backends = tuple(
             name for name in backends.BACKENDS if importlib.util.find_spec(f"{package}.{MODULE[name]}") is not None
@@ -268,6 +271,7 @@ class Op:
             if len(self._memory) > 4096:
                 self._memory.clear()
             found = self._memory[raw_key] = self._decide(args)
+        self.last = found
         return found
 
     def _raw_key(self, args: Sequence[Any]) -> Any:
@@ -314,7 +318,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         """Run the op on checked arguments (everything but ``backend``)."""
         if torch.compiler.is_compiling():
-            return self.raw(*args, "auto")
+            return self.raw(*args, TRACED_BACKEND[0])
         if self.cast:
             device = args[self.cast[0]].device.type
             if torch.is_autocast_enabled(device):

@@ -5,6 +5,7 @@ A convolution whose kernel is its stride is one matrix product; what is slow aro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -162,7 +163,7 @@ def _statistics(name: str, values: Sequence[float] | None, channels: int) -> lis
 
 
 def _check_flattened(images: Tensor, weight: Tensor, grid_thw: Tensor | None) -> None:
-    k = weight[0].numel() if weight.dim() != 2 else weight.shape[1]
+    k = math.prod(weight.shape[1:])
     if images.shape[1] != k:
         raise ValueError(f"images: expected [N, {k}] for weight {list(weight.shape)}, got {checks.describe(images)}")
     if grid_thw is None:
@@ -173,7 +174,7 @@ def _check_flattened(images: Tensor, weight: Tensor, grid_thw: Tensor | None) ->
         raise TypeError(f"grid_thw: expected integers [n, 3], got {checks.describe(grid_thw)}")
     if torch.compiler.is_compiling() or grid_thw.device.type != "cpu":
         return  # its values are on another device, or not known yet
-    found = int(grid_thw.prod(1).sum())
+    found = sum(t * h * w for t, h, w in grid_thw.tolist())
     if found != images.shape[0]:
         raise ValueError(f"grid_thw: expected {images.shape[0]} patches in all, got {found}")
 

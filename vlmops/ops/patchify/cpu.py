@@ -7,6 +7,7 @@ float32 weights loses less than the product itself does); in bfloat16 the sum wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ def _rows(
 ) -> Tensor:  # fmt: skip
     """Patch vectors first..last, in one native pass."""
     if channels is None:
-        channels = weight[0].numel() // (frames * patch * patch)
+        channels = math.prod(weight.shape[1:]) // (frames * patch * patch)
     dtype = dtype or weight.dtype
     if images.dim() == 2:
         return torch.ops.vlmops_cpu.normalise_rows.default(
@@ -99,7 +100,7 @@ def _still(images: Tensor, sizes: Tensor | None, weight: Tensor, frames: int) ->
     """Whether every image is one frame of a patch of several, and folding is exact enough and worth it."""
     if frames == 1 or images.dim() == 2 or weight.dtype == torch.bfloat16:
         return False
-    if weight[0].numel() < SMALLEST * frames:
+    if math.prod(weight.shape[1:]) < SMALLEST * frames:
         return False
     return images.shape[1] == 1 if sizes is None else bool((sizes[:, 0] == 1).all())
 
@@ -130,7 +131,7 @@ def forward(
         if position is not None:
             _add_position(y, position)
         return y
-    channels = weight[0].numel() // (temporal_patch_size * patch_size * patch_size)
+    channels = math.prod(weight.shape[1:]) // (temporal_patch_size * patch_size * patch_size)
     still = _still(images, sizes, weight, temporal_patch_size)
     frames = 1 if still else temporal_patch_size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -37,7 +38,8 @@ def cut(x: Tensor, patch: int, frames: int, order: str, channels_last: bool) -> 
     gt, gh, gw = (t + missing) // frames, h // patch, w // patch
     if order == "merge2x2":
         x = x.reshape(n, gt, frames, c, gh // 2, 2, patch, gw // 2, 2, patch)
-        tokens, inner = (0, 1, 4, 7, 5, 8), (3, 2, 6, 9)
+        tokens: tuple[int, ...] = (0, 1, 4, 7, 5, 8)
+        inner: tuple[int, ...] = (3, 2, 6, 9)
     else:
         x = x.reshape(n, gt, frames, c, gh, patch, gw, patch)
         tokens, inner = (0, 1, 4, 6), (3, 2, 5, 7)
@@ -100,7 +102,7 @@ def patch_vectors(
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if images.dim() == 2:
         return _normalise(images, mean, std, channels_last, wide).to(weight.dtype)
-    k = weight[0].numel() if weight.shape[0] else 0
+    k = math.prod(weight.shape[1:])
     channels = images.shape[2] if sizes is None else k // (frames * patch * patch)
     rows = [
         cut(_normalise(x, mean, std, channels_last, wide).to(weight.dtype), patch, frames, order, channels_last)
