@@ -7,6 +7,7 @@ import torch
 
 from tests.ops.test_patchify import pixels, weights
 from vlmops.ops import patchify
+from vlmops.ops.patchify import convolve
 
 
 def test_no_images():
@@ -70,3 +71,21 @@ def test_bad_input(case):
     change, message = BAD[case]
     with pytest.raises((ValueError, TypeError), match=message):
         patchify(**{**dict(images=pixels(1, 3, 8, 8), weight=w, bias=b, patch_size=4), **change})
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [((2, 3, 8, 12), (4, 4)), ((5, 3, 2, 4, 4), (2, 4, 4)), ((2, 3, 4, 8, 12), (2, 4, 4)), ((0, 3, 8, 8), (4, 4))],
+)
+def test_convolve_is_the_convolution(shape, kernel):
+    torch.manual_seed(0)
+    images, weight, bias = torch.randn(shape), torch.randn(6, 3, *kernel), torch.randn(6)
+    function = torch.nn.functional.conv2d if len(kernel) == 2 else torch.nn.functional.conv3d
+    want = function(images, weight, bias, stride=kernel).movedim(1, -1).reshape(-1, 6)
+    torch.testing.assert_close(convolve(images, weight, bias), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 12), (2, 3, 9, 12), (2, 3, 8, 13)])
+def test_convolve_refuses_what_does_not_fit(shape):
+    with pytest.raises(ValueError, match="expected 3 channels and multiples of"):
+        convolve(torch.randn(shape), torch.randn(6, 3, 4, 4))

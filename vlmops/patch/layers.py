@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vlmops import ops
+from vlmops.ops.patchify import convolve
 from vlmops.patch import base
 from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts, too_small
 
@@ -140,22 +140,9 @@ class PatchedConv(_Leaf):
 
     def fused(self, input: Tensor) -> Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
-        n, size = input.shape[0], weight.shape[-1]
-        if input.dim() == 5:
-            t, h, w = (s // k for s, k in zip(input.shape[2:], weight.shape[2:], strict=True))
-            if (t, h, w) == (1, 1, 1):  # Qwen: every row is one patch already
-                tokens, _ = ops.patchify(
-                    input.reshape(n, -1), weight, bias, patch_size=size, temporal_patch_size=weight.shape[2],
-                    grid_thw=torch.tensor([[1, 1, n]]),
-                )  # fmt: skip
-                return tokens.view(n, weight.shape[0], 1, 1, 1)
-            tokens, _ = ops.patchify(
-                input.transpose(1, 2), weight, bias, patch_size=size, temporal_patch_size=weight.shape[2]
-            )
-            out = tokens.view(n, t, h, w, -1).permute(0, 4, 1, 2, 3)
-        else:
-            tokens, _ = ops.patchify(input, weight, bias, patch_size=size)
-            out = tokens.view(n, input.shape[2] // size, input.shape[3] // size, -1).permute(0, 3, 1, 2)
+        tokens = convolve(input, weight, bias)
+        grid = [size // k for size, k in zip(input.shape[2:], weight.shape[2:], strict=True)]
+        out = tokens.view(input.shape[0], *grid, -1).movedim(-1, 1)
         # Most towers flatten and transpose next, which makes a copy here useless; one that calls .view() needs it.
         return out.contiguous() if self.__dict__[KEY].facts["contiguous"] else out
 

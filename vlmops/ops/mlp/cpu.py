@@ -13,7 +13,7 @@ from vlmops.ops.norms import cpu as norms
 #: Hidden bytes of a chunk, and rows under which a chunk is never cut: the second product of few rows and a long inner
 #: dimension reads its weight more often than it gains from a hidden matrix that stays in the cache (measured: chunks
 #: of 512 rows of 4096 are 15% slower than no chunks, 2048 are equal).
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 LEAST_ROWS = 2048
 
 

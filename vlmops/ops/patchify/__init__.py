@@ -16,7 +16,7 @@ from vlmops.ops._shared import checks
 from vlmops.ops._shared.registry import Op
 from vlmops.ops.linear import check_part, no_grad_wanted
 
-__all__ = ["patchify"]
+__all__ = ["convolve", "patchify"]
 
 
 def _fake(
@@ -129,6 +129,41 @@ def patchify(
         patch_size, temporal_patch_size, order, channels_last, tokens, inference,
     )  # fmt: skip
     return result, grid
+
+
+def convolve(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``patchify`` for the arguments of an ``nn.Conv2d`` or ``nn.Conv3d`` whose stride is its kernel, without a grid.
+
+    Args:
+        images: [n, C, H, W] or [n, C, T, H, W], every size a multiple of the kernel's.
+        weight: [E, C, P, P] or [E, C, F, P, P].
+        bias: [E] or None.
+
+    Returns:
+        [n * grid, E]: the convolution's output with the channels last.
+
+    Raises:
+        ValueError: sizes or devices that do not fit.
+    """
+    kernel = tuple(weight.shape[2:])
+    grid = tuple(size // k for size, k in zip(images.shape[2:], kernel, strict=True))
+    fits = all(g * k == size for g, k, size in zip(grid, kernel, images.shape[2:], strict=True))
+    if images.shape[1] != weight.shape[1] or not fits or kernel[-1] != kernel[-2]:
+        raise ValueError(
+            f"images: expected {weight.shape[1]} channels and multiples of {list(kernel)}, got {checks.describe(images)}"
+        )
+    checks.check_same_device("images", images, weight.device, "weight")
+    frames = kernel[0] if len(kernel) == 3 else 1
+    n = images.shape[0]
+    if len(kernel) == 3 and all(g == 1 for g in grid):  # Qwen: every row is one patch already
+        images = images.reshape(n, -1)
+    else:
+        images = images.transpose(1, 2) if len(kernel) == 3 else images[:, None]
+    result: Tensor = OP(
+        images, None, weight, bias, None, [], [], kernel[-1], frames, "raster", False, n * math.prod(grid),
+        no_grad_wanted(images, weight, bias),
+    )  # fmt: skip
+    return result
 
 
 def _channels(weight: Tensor, patch_size: int, frames: int, channels_last: bool) -> int:
