@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 import vlmops
 from tests.support.tiny_models import FAMILIES, IMAGE, build, first_output
+from vlmops.ops._shared.registry import OPS
 from vlmops.patch import base
 from vlmops.patch.base import KEY, Patched
 from vlmops.patch.classes import original_class
+from vlmops.patch.layers import PatchedMLP
 
 
 def run(model, inputs, **kwargs):
@@ -259,7 +262,29 @@ def test_small_calls_are_left_to_the_original(monkeypatch, fused):
     run_plain(model, x)
     assert not fused
     run_plain(model, torch.randn(6, 32))
-    assert fused == ["Sequential", "LayerNorm"]
+    assert set(fused) == {"Sequential", "LayerNorm"}
+
+
+def test_a_short_call_that_is_slower_fused_is_left_to_the_original(monkeypatch, tuning_cache):
+    model, x = mlp_model()
+    slow, calls = PatchedMLP.fused, []
+
+    def fused(self, *args):
+        calls.append(len(args))
+        time.sleep(1e-3)
+        return slow(self, *args)
+
+    monkeypatch.setattr(PatchedMLP, "fused", fused)
+    want = run_plain(model, x)
+    record = model[0].__dict__[KEY]
+    assert list(record.chosen.values()) == ["original"]
+    calls.clear()
+    torch.testing.assert_close(run_plain(model, x), want)
+    assert not calls
+    monkeypatch.setattr("vlmops.patch.base.LONG_S", 0.0)
+    run_plain(model, torch.randn(100, 32))
+    by_op = OPS["mlp"].last
+    assert list(record.chosen.values())[1] == ("original" if by_op == "torch" else by_op), "the op's own choice"
 
 
 def test_where_measuring_picked_plain_torch_the_original_runs(fused):
@@ -267,7 +292,7 @@ def test_where_measuring_picked_plain_torch_the_original_runs(fused):
     run_plain(model, x)
     record = model[0].__dict__[KEY]
     (key,) = record.chosen
-    record.chosen[key] = "torch"
+    record.chosen[key] = "original"
     fused.clear()
     run_plain(model, x)
     assert "Sequential" not in fused

@@ -316,4 +316,4 @@ def test_little_work_runs_the_original(monkeypatch):
         model(torch.randn(1, 256))
         assert calls == []
         model(torch.randn(64, 256))
-    assert calls == [64]
+    assert set(calls) == {64}

@@ -13,7 +13,7 @@ from torch import nn
 from vlmops.backends import BACKENDS
 from vlmops.ops._shared.packing import repack
 from vlmops.patch import attention, layers, towers
-from vlmops.patch.base import KEY
+from vlmops.patch.base import KEY, least_elements
 from vlmops.patch.classes import MIXINS, original_class, patched_class
 from vlmops.patch.find import KIND_TO_OP, OPERATIONS, Candidate, find
 from vlmops.patch.progress import progress
@@ -122,6 +122,7 @@ def _replace(found: Candidate, backend: str, verify: bool, dry_run: bool) -> Pat
         row.status = "would patch"
     else:
         found.record.backend, found.record.verify = backend, verify
+        found.record.least = least_elements(found.module, found.record)
         found.module.__dict__[KEY] = found.record
         found.module.__class__ = patched_class(found.kind, type(found.module))
     return row

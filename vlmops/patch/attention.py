@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmops import ops
-from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts, too_small
+from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts
 from vlmops.patch.structure import implementation
 
 __all__ = [
@@ -42,9 +42,7 @@ class _Attention(Patched):
             return False
         if implementation(self) == "eager" or not plain_parts(self, record):
             return False
-        if not isinstance(x, Tensor) or x.dtype is not first._parameters["weight"].dtype:
-            return False
-        return not too_small(x, first.out_features)
+        return isinstance(x, Tensor) and x.dtype is first._parameters["weight"].dtype
 
     def project(self, x: Tensor, name: str) -> Tensor:
         own = self._modules[name]._parameters
@@ -110,6 +108,8 @@ class PatchedPixtralAttention(_Attention):
 
     Fused with a gradient, too: the original would build that mask.
     """
+
+    compares = False
 
     def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         x = first_tensor(args, kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from vlmops.backends import forced_backend, use_backend
-from vlmops.ops._shared.registry import OPS, TRACED_BACKEND
+from vlmops.backends import choice, forced_backend, use_backend
+from vlmops.ops._shared.registry import OPS, TRACED_BACKEND, bucket
 
-__all__ = ["KEY", "PLAIN", "Patched", "Record", "is_plain", "plain_call", "plain_parts", "too_small", "unhooked"]
+__all__ = ["KEY", "PLAIN", "Patched", "Record", "is_plain", "least_elements", "plain_call", "plain_parts", "unhooked"]
 
 #: Multiply-adds under which a module's own forward runs: there the call costs more than the arithmetic (one token
 #: through a 512 x 512 linear is 0.26 million). For norms, elements.
@@ -26,6 +27,7 @@ KEY = "_vlmops"
 PLAIN: set[type] = {nn.Linear}
 _TENSORS = (Tensor, nn.Parameter)
 REMEMBERED = 1024  # input shapes a module remembers a choice for
+LONG_S = 2e-3  # seconds of a call from which on a module's own Python (some 10 us an op) does not show
 
 
 @dataclass
@@ -43,7 +45,8 @@ class Record:
         verify: compare with the original at the next call.
         status: "patched", or why the original runs again.
         error: largest relative difference seen by verify.
-        chosen: (shape, dtype, threads) -> backend that measuring picked; of this machine, so not copied.
+        least: elements of the input under which the original runs: there a call costs more than the arithmetic.
+        chosen: (shape, dtype, threads) -> backend that measuring picked, or "original"; of this machine, so not copied.
     """
 
     operation: str
@@ -56,6 +59,7 @@ class Record:
     verify: bool = False
     status: str = "patched"
     error: float | None = None
+    least: int = 0
     chosen: dict[Any, str] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,9 +94,14 @@ def plain_call(x: Any, weight: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None
 
 
-def too_small(x: Tensor, width: int) -> bool:
-    """Whether rows x times a weight this wide are too little work to be worth another call."""
-    return x.numel() * width < SMALL_PRODUCT
+def least_elements(module: nn.Module, record: Record) -> int:
+    """Elements of an input from which on fusing may pay; under them the original runs, without another look."""
+    if record.operation == "norms":
+        return SMALL_NORM
+    inner: Any = record.facts.get("inner", record)
+    owner = module._modules.get("mlp") or module if inner is not record else module
+    layer = owner._modules[inner.children[0]] if inner.children else module
+    return SMALL_PRODUCT // max(1, layer._parameters["weight"].shape[0])  # type: ignore[union-attr]
 
 
 def plain_parts(module: Any, record: Record) -> bool:
@@ -129,10 +138,12 @@ class Patched:
         op: name of the op whose measured choice stands for the module.
         declines: the original's forward is what the op's "torch" backend computes: where measuring picks that one, the
             original runs, without the cost of the op's checks.
+        compares: whether a short call is timed against the original's forward as well, before one of them is chosen.
     """
 
     op = ""
     declines = False
+    compares = True
 
     def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call can run fused."""
@@ -144,7 +155,18 @@ class Patched:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # None: a slice of a patched nn.Sequential, which makes it by its own class
         record: Record | None = self.__dict__.get(KEY)
-        if record is None or record.status != "patched" or not self.ready(record, args, kwargs):
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if record is None or record.status != "patched":
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        key = None
+        # The cheap questions first: a call left to the original should cost no more than they do.
+        if type(x) in _TENSORS and x.numel() < record.least:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if type(x) in _TENSORS and not torch.compiler.is_compiling():
+            key = (x.shape, x.dtype, torch.get_num_threads())
+            if record.chosen.get(key) == "original" and forced_backend() is None:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+        if not self.ready(record, args, kwargs):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         if torch.compiler.is_compiling():
             TRACED_BACKEND[0] = record.backend  # a context variable cannot be read inside a compiled function
@@ -156,17 +178,38 @@ class Patched:
         if record.backend != "auto":
             with use_backend(record.backend):
                 return self.fused(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        key = (x.shape, x.dtype, torch.get_num_threads())
-        name = record.chosen.get(key)
-        if name == "torch" and self.declines and forced_backend() is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-        out = self.fused(*args, **kwargs)
-        if name is None and forced_backend() is None:
-            if len(record.chosen) >= REMEMBERED:
-                record.chosen.clear()
-            record.chosen[key] = OPS[self.op].last
+        if x is None or key is None or key in record.chosen or forced_backend() is not None:
+            return self.fused(*args, **kwargs)
+        if len(record.chosen) >= REMEMBERED:
+            record.chosen.clear()
+        out, record.chosen[key] = self._first(x, args, kwargs)
         return out
+
+    def _first(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
+        """The output for a shape not seen before, and who computes it from now on.
+
+        The op has measured its backends. A short call also costs what the module does around its ops, which only the
+        original's own time can be compared with.
+        """
+        out = self.fused(*args, **kwargs)
+        picked = OPS[self.op].last
+        if self.declines and picked == "torch":
+            return out, "original"
+        if not self.compares or x.device.type != "cpu":
+            return out, picked
+        begin = time.perf_counter()
+        self.fused(*args, **kwargs)
+        if time.perf_counter() - begin > LONG_S:
+            return out, picked
+        calls = {
+            "fused": lambda: self.fused(*args, **kwargs),
+            "torch": lambda: super(Patched, self).forward(*args, **kwargs),  # type: ignore[misc]
+        }
+        weights = [tuple(p.shape) for p in self.parameters()]  # type: ignore[attr-defined]
+        rows = bucket(x.numel() // max(1, x.shape[-1]))
+        key = f"{type(self).__qualname__} {weights} rows={rows} {str(x.dtype)[6:]}"
+        name = choice.decide("module", key, calls, ("fused", "torch"), x.device)
+        return out, picked if name == "fused" else "original"
 
     def _verified(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from vlmops.patch.verify import relative_error, tolerance

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmops import ops
 from vlmops.ops.patchify import convolve
-from vlmops.patch import base
-from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts, too_small
+from vlmops.patch.base import KEY, PLAIN, Patched, Record, plain_call, plain_parts
 
 __all__ = ["KINDS", "PatchedConv", "PatchedLayerNorm", "PatchedLinear", "PatchedMLP", "PatchedMerger", "PatchedRMSNorm"]
 
@@ -25,8 +25,7 @@ class _Leaf(Patched):
     """One tensor in, one op, its own weight."""
 
     def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        x, weight = only_tensor(args, kwargs), self._parameters["weight"]  # type: ignore[attr-defined]
-        return plain_call(x, weight) and not too_small(x, weight.shape[0])
+        return plain_call(only_tensor(args, kwargs), self._parameters.get("weight"))  # type: ignore[attr-defined]
 
 
 class _Norm(_Leaf):
@@ -34,15 +33,18 @@ class _Norm(_Leaf):
 
     op = "norms"
 
-    def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        x = only_tensor(args, kwargs)
-        return plain_call(x, self._parameters["weight"]) and x.numel() >= base.SMALL_NORM  # type: ignore[attr-defined]
-
 
 class PatchedLinear(_Leaf):
     """``nn.Linear`` with a packed weight."""
 
     op, declines = "linear", True
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Few rows: what nn.Linear does, without its two slow attribute lookups.
+        own = self._parameters
+        if type(input) is Tensor and input.numel() < self.__dict__[KEY].least and own.get("weight") is not None:
+            return F.linear(input, own["weight"], own["bias"])
+        return super().forward(input)
 
     def fused(self, input: Tensor) -> Tensor:
         own = self._parameters
@@ -73,9 +75,7 @@ class _Compound(Patched):
 
     def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         first, x = self._modules[record.children[0]], only_tensor(args, kwargs)
-        if type(first) not in PLAIN or not plain_call(x, first._parameters["weight"]):
-            return False
-        return not too_small(x, first._parameters["weight"].shape[0]) and plain_parts(self, record)
+        return type(first) in PLAIN and plain_call(x, first._parameters["weight"]) and plain_parts(self, record)
 
 
 class PatchedMLP(_Compound):
@@ -108,7 +108,7 @@ class PatchedMerger(_Compound):
         first = inner._modules[inner_record.children[0]]
         if type(first) not in PLAIN or not plain_call(x, first._parameters["weight"]) or x.dim() != 2:
             return False
-        return not too_small(x, first.out_features) and plain_parts(self, record) and plain_parts(inner, inner_record)
+        return plain_parts(self, record) and plain_parts(inner, inner_record)
 
     def fused(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         x = only_tensor(args, kwargs)
@@ -132,17 +132,20 @@ class PatchedConv(_Leaf):
     def ready(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if not super().ready(record, args, kwargs):
             return False
-        x = only_tensor(args, kwargs)
-        weight = self._parameters["weight"]
-        return x.dim() == weight.dim() and all(
-            size % k == 0 for size, k in zip(x.shape[2:], weight.shape[2:], strict=True)
-        )
+        shape, kernel = only_tensor(args, kwargs).shape, self._parameters["weight"].shape
+        if len(shape) != len(kernel):
+            return False
+        for i in range(2, len(kernel)):  # noqa: SIM110 - before every call, and all() with a generator costs 1 us
+            if shape[i] % kernel[i]:
+                return False
+        return True
 
     def fused(self, input: Tensor) -> Tensor:
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         tokens = convolve(input, weight, bias)
-        grid = [size // k for size, k in zip(input.shape[2:], weight.shape[2:], strict=True)]
-        out = tokens.view(input.shape[0], *grid, -1).movedim(-1, 1)
+        shape, kernel = input.shape, weight.shape
+        grid = [shape[i] // kernel[i] for i in range(2, len(kernel))]
+        out = tokens.view(shape[0], *grid, kernel[0]).movedim(-1, 1)
         # Most towers flatten and transpose next, which makes a copy here useless; one that calls .view() needs it.
         return out.contiguous() if self.__dict__[KEY].facts["contiguous"] else out
 

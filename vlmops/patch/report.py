@@ -80,11 +80,9 @@ def remember(model: nn.Module, report: PatchReport) -> None:
     _kept[model] = report
 
 
-def chosen(module: nn.Module, record: Record) -> str:
+def chosen(record: Record) -> str:
     """Backends that measuring has picked for this module so far, e.g. "cpu" or "cpu, original"."""
-    declines = getattr(type(module), "declines", False)
-    picked = {"original" if declines and name == "torch" else name for name in record.chosen.values()}
-    return ", ".join(sorted(picked))
+    return ", ".join(sorted(set(record.chosen.values())))
 
 
 def patch_report(model: nn.Module) -> PatchReport:
@@ -111,7 +109,7 @@ def patch_report(model: nn.Module) -> PatchReport:
         row.error = record.error
         if record.status != "patched":
             row.status, row.why = "undone", record.status.removeprefix("undone: ")
-        picked = chosen(module, record) if record.backend == "auto" else ""
+        picked = chosen(record) if record.backend == "auto" else ""
         row.backend = f"auto ({picked})" if picked else record.backend
     kept.packed_bytes = packed_bytes(model)
     return kept

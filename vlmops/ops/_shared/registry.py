@@ -29,7 +29,7 @@ from torch import Tensor
 from vlmops import backends
 from vlmops.backends import choice
 
-__all__ = ["OPS", "Op"]
+__all__ = ["OPS", "TRACED_BACKEND", "Op", "bucket"]
 
 LIB = torch.library.Library("vlmops", "FRAGMENT")
 OPS: dict[str, Op] = {}
@@ -47,7 +47,7 @@ ORDER = {"cpu": ("cpu", "triton", "cuda", "torch"), "cuda": ("triton", "cuda", "
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
     """Lengths are bucketed to a power of two (at least 16), so that near lengths share one measurement."""
     return max(16, 1 << (n - 1).bit_length()) if n > 0 else 0
 
@@ -302,13 +302,13 @@ class Op:
         for name, a in zip(self.arg_names, args, strict=True):
             if isinstance(a, Tensor):
                 last = a.dim() if name in self.bucketed else 1
-                sizes = [*map(str, map(_bucket, a.shape[:last])), *map(str, a.shape[last:])]
+                sizes = [*map(str, map(bucket, a.shape[:last])), *map(str, a.shape[last:])]
                 dense = "" if a.is_contiguous() else "s"
                 parts.append(f"{name}={str(a.dtype)[6:]}[{','.join(sizes)}]{dense}")
             elif isinstance(a, float):
                 parts.append(f"{name}={a:.4g}")
             elif isinstance(a, int) and not isinstance(a, bool):
-                parts.append(f"{name}={a if a < 64 else _bucket(a)}")
+                parts.append(f"{name}={a if a < 64 else bucket(a)}")
             elif a is not None and a is not False:
                 parts.append(f"{name}={a}")
         return " ".join(parts)

@@ -145,22 +145,25 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Raises:
         ValueError: sizes or devices that do not fit.
     """
-    kernel = tuple(weight.shape[2:])
-    grid = tuple(size // k for size, k in zip(images.shape[2:], kernel, strict=True))
-    fits = all(g * k == size for g, k, size in zip(grid, kernel, images.shape[2:], strict=True))
-    if images.shape[1] != weight.shape[1] or not fits or kernel[-1] != kernel[-2]:
+    shape, kernel = images.shape, weight.shape  # plain loops below: a patched model comes through here
+    cells, fits = 1, len(shape) == len(kernel) and shape[1] == kernel[1] and kernel[-1] == kernel[-2]
+    for i in range(2, len(kernel)):
+        fits = fits and shape[i] % kernel[i] == 0
+        cells = cells * (shape[i] // kernel[i]) if fits else 0
+    if not fits:
         raise ValueError(
-            f"images: expected {weight.shape[1]} channels and multiples of {list(kernel)}, got {checks.describe(images)}"
+            f"images: expected {kernel[1]} channels and multiples of {list(kernel[2:])}, got {checks.describe(images)}"
         )
     checks.check_same_device("images", images, weight.device, "weight")
-    frames = kernel[0] if len(kernel) == 3 else 1
-    n = images.shape[0]
-    if len(kernel) == 3 and all(g == 1 for g in grid):  # Qwen: every row is one patch already
-        images = images.reshape(n, -1)
+    n, volume = shape[0], len(kernel) == 5
+    if volume and cells == 1:
+        images = images.reshape(n, -1)  # Qwen: every row is one patch already
+    elif volume:
+        images = images.transpose(1, 2)
     else:
-        images = images.transpose(1, 2) if len(kernel) == 3 else images[:, None]
+        images = images.unsqueeze(1)
     result: Tensor = OP(
-        images, None, weight, bias, None, [], [], kernel[-1], frames, "raster", False, n * math.prod(grid),
+        images, None, weight, bias, None, [], [], kernel[-1], kernel[2] if volume else 1, "raster", False, n * cells,
         no_grad_wanted(images, weight, bias),
     )  # fmt: skip
     return result
