@@ -7,11 +7,14 @@ The store is outside the parameters, so deepcopy and pickling never see it.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -23,6 +26,7 @@ __all__ = ["STORE", "PackedStore", "packed_bytes", "repack"]
 
 SAMPLES = 64  # values compared at each look-up: one strided view of the parameter's own memory
 IDLE_S = 60.0  # how long an entry must lie unused before another may take its room
+TRIM_BYTES = 16 << 20  # packed between two returns of free memory to the system
 _INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,6 +41,20 @@ class _Entry:
     packed: Tensor
     nbytes: int
     used: float
+
+
+@lru_cache(maxsize=1)
+def _trim() -> Callable[[int], int]:
+    """glibc's malloc_trim; elsewhere nothing.
+
+    The first forward packs weights between its temporaries. Those are freed, the packed copies stay, and the holes
+    between them are of no use to larger temporaries: the resident set of a Pixtral tower of 4 layers grew by 430 MiB,
+    130 of them packed weights; with the holes given back it grows by 285.
+    """
+    try:
+        return ctypes.CDLL(None).malloc_trim if sys.platform == "linux" else int
+    except (OSError, AttributeError):  # musl
+        return int
 
 
 def _version(x: Tensor) -> int:
@@ -70,6 +88,7 @@ class PackedStore:
         self._entries: dict[tuple[int, Hashable], _Entry] = {}
         self._seen: dict[int, weakref.ref[Tensor]] = {}
         self._lock = threading.RLock()
+        self._untrimmed = 0
         self.bytes = 0
 
     @property
@@ -156,6 +175,12 @@ class PackedStore:
             if self._make_room(nbytes):
                 self._entries[key] = entry
                 self.bytes += nbytes
+            self._untrimmed += nbytes
+            trim = self._untrimmed >= TRIM_BYTES
+            if trim:
+                self._untrimmed = 0
+        if trim:
+            _trim()(0)
         return packed
 
     def _make_room(self, nbytes: int) -> bool:
