@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FORMAT = 1
 LEAST_RUNS, MAX_RUNS = 3, 15
 ENOUGH_S = 5e-3  # after this much measuring, LEAST_RUNS will do: the clock's own grain no longer matters
 BUDGET_S = 0.05  # per key, over all candidates, beyond the first (warm) run of each
+EVICT_BYTES = 16 << 20
 TIE = 0.98  # a kernel must beat plain PyTorch by 2% to be chosen: below that it is noise
 
 _lock = threading.Lock()
@@ -130,7 +132,12 @@ def _timed(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _measure(candidates: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+def _evict() -> None:
+    """Push what a candidate left in the processor's caches out of them, as the rest of a model does between two calls."""
+    torch.empty(EVICT_BYTES, dtype=torch.uint8).fill_(1)
+
+
+def _measure(candidates: Mapping[str, Callable[[], Any]], device: torch.device, cold: bool = False) -> dict[str, float]:
     """Interleaved best-of times in seconds. A candidate that raises is left out (and said once)."""
     best: dict[str, float] = {}
     alive = dict(candidates)
@@ -144,6 +151,8 @@ def _measure(candidates: Mapping[str, Callable[[], Any]], device: torch.device) 
         spent = 0.0
         for done in range(1, MAX_RUNS + 1):
             for name, run in alive.items():
+                if cold:
+                    _evict()
                 took = _timed(run, device)
                 best[name] = min(took, best.get(name, took))
                 spent += took
@@ -153,7 +162,14 @@ def _measure(candidates: Mapping[str, Callable[[], Any]], device: torch.device) 
 
 
 def decide(
-    op: str, key: str, candidates: Mapping[str, Callable[[], Any]], order: Iterable[str], device: torch.device
+    op: str,
+    key: str,
+    candidates: Mapping[str, Callable[[], Any]],
+    order: Iterable[str],
+    device: torch.device,
+    *,
+    cold: bool = False,
+    least_gain: float = 0.0,
 ) -> str:
     """Name of the candidate to use for this key: remembered, else measured now, else the first of ``order``.
 
@@ -163,6 +179,9 @@ def decide(
         candidates: name -> a call without arguments that runs the op on the real arguments, no side effects.
         order: fixed preference, used when tuning is off or nothing could be measured.
         device: where the tensors live.
+        cold: empty the processor's caches before every run. For candidates that differ in how much Python they run: in
+            a loop that costs a third of what it costs between other modules.
+        least_gain: seconds by which a candidate must beat "torch" to be chosen.
     """
     global _dirty
     order = [name for name in order if name in candidates]
@@ -173,11 +192,12 @@ def decide(
         row = _load().get(_section(), {}).get(full)
     if isinstance(row, dict) and row.get("choice") in candidates:
         return str(row["choice"])
-    times = _measure({name: candidates[name] for name in order}, device)
+    times = _measure({name: candidates[name] for name in order}, device, cold)
     if not times:
         return order[0]
     choice = min(times, key=lambda name: times[name])
-    if choice != "torch" and "torch" in times and times[choice] > TIE * times["torch"]:
+    plain = times.get("torch", inf)
+    if choice != "torch" and times[choice] > min(TIE * plain, plain - least_gain):
         choice = "torch"
     with _lock:
         _load().setdefault(_section(), {})[full] = {

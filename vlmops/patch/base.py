@@ -28,6 +28,9 @@ PLAIN: set[type] = {nn.Linear}
 _TENSORS = (Tensor, nn.Parameter)
 REMEMBERED = 1024  # input shapes a module remembers a choice for
 LONG_S = 2e-3  # seconds of a call from which on a module's own Python (some 10 us an op) does not show
+#: What a fused call must win, measured alone: in place it brings a second GEMM library and a second copy of the weights
+#: into caches that the rest of the model uses, which costs some 50 us (measured in a 6 MiB model, which all but fits).
+LEAST_GAIN_S = 50e-6
 
 
 @dataclass
@@ -208,7 +211,7 @@ class Patched:
         weights = [tuple(p.shape) for p in self.parameters()]  # type: ignore[attr-defined]
         rows = bucket(x.numel() // max(1, x.shape[-1]))
         key = f"{type(self).__qualname__} {weights} rows={rows} {str(x.dtype)[6:]}"
-        name = choice.decide("module", key, calls, ("fused", "torch"), x.device)
+        name = choice.decide("module", key, calls, ("fused", "torch"), x.device, cold=True, least_gain=LEAST_GAIN_S)
         return out, picked if name == "fused" else "original"
 
     def _verified(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
