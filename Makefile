@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # find, not git ls-files: a source archive has no .git, and a new file is checked before it is added
 CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help demo test check bench tiny-model test-asan format clean
+.PHONY: help demo test check bench budgets tiny-model test-asan format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -39,6 +39,9 @@ format: $(STAMP) ## rewrite everything to the house format
 
 bench: $(STAMP) ## every performance bar with its figure (quiet machine, please)
 	$(BIN)/vlmops bench
+
+budgets: $(STAMP) ## compile every Triton kernel for GPUs that need not be there, and write down what came out
+	$(BIN)/python scripts/triton_budget.py
 
 tiny-model: $(STAMP) ## train the demo's embedded VLM again
 	$(BIN)/python scripts/train_tiny_model.py

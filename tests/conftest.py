@@ -9,6 +9,9 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLMOPS_TUNING", "off")
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # read when a kernel is defined, so it must stand before the first import
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmops.backends import BACKENDS, build, native, probe
+from vlmops.backends import BACKENDS, build, native, probe, triton_runtime
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -72,7 +72,11 @@ def test_triton_is_looked_for(monkeypatch, installed):
         "find_spec",
         lambda name, *a: (object() if installed else None) if name == "triton" else find(name, *a),
     )
-    assert ("not installed" in by_name()["triton"].detail) is not installed
+    triton_runtime.installed.cache_clear()
+    try:
+        assert ("not installed" in by_name()["triton"].detail) is not installed
+    finally:
+        triton_runtime.installed.cache_clear()
 
 
 def test_the_probe_does_not_import_triton(tmp_path):

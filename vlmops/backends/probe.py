@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmops.backends import build, native
+from vlmops.backends import build, native, triton_runtime
 from vlmops.backends.cache_dir import cache_dir
 from vlmops.backends.machine import cpu_model
 
@@ -65,6 +65,21 @@ def _cpu(build_now: bool) -> BackendInfo:
         return BackendInfo("cpu", False, str(err))
 
 
+def _triton(gpu: bool) -> BackendInfo:
+    missing = triton_runtime.installed()
+    if missing is not None:
+        return BackendInfo("triton", False, missing)
+    if gpu:
+        return BackendInfo("triton", True, f"Triton {_version('triton')}")
+    if triton_runtime.interpreted():
+        return BackendInfo(
+            "triton", True, f"Triton {_version('triton')}'s interpreter, on CPU tensors, where it is forced"
+        )
+    return BackendInfo(
+        "triton", False, f"Triton {_version('triton')}, but torch sees no GPU (TRITON_INTERPRET=1 interprets, slowly)"
+    )
+
+
 def backends(build_now: bool = False) -> list[BackendInfo]:
     """Every backend, in the order of ``vlmops.backends.BACKENDS``; Triton is looked for, not imported."""
     import torch
@@ -75,10 +90,7 @@ def backends(build_now: bool = False) -> list[BackendInfo]:
         BackendInfo("torch", True, f"PyTorch {torch.__version__}"),
         _cpu(build_now),
     ]
-    triton = "no op has Triton kernels yet"
-    if importlib.util.find_spec("triton") is None:
-        triton += "; triton is not installed"
-    found.append(BackendInfo("triton", False, triton))
+    found.append(_triton(gpu))
     cuda = "no op has CUDA kernels yet"
     if not gpu:
         cuda += "; torch sees no GPU"

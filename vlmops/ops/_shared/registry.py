@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from vlmops import backends
-from vlmops.backends import choice
+from vlmops.backends import choice, triton_runtime
 
 __all__ = ["OPS", "TRACED_BACKEND", "Op", "bucket"]
 
@@ -42,8 +42,8 @@ MODULE = {"reference": "reference", "torch": "composition", "cpu": "cpu", "trito
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-#: Preference where nothing is measured, by device type.
-ORDER = {"cpu": ("cpu", "triton", "cuda", "torch"), "cuda": ("triton", "cuda", "torch")}
+#: Preference where nothing is measured, by device type. On a CPU Triton's interpreter runs only where it is forced.
+ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 _AUTOCAST_KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 
 
@@ -250,6 +250,8 @@ class Op:
 
     def why_not(self, backend: str, args: Sequence[Any]) -> str | None:
         """Why this backend cannot run these arguments; None if it can."""
+        if backend == "triton" and backend in self.backends and triton_runtime.installed() is not None:
+            return triton_runtime.installed()
         try:
             module = self.module(backend)
         except (ImportError, backends.BackendError) as err:
