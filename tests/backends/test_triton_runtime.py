@@ -61,6 +61,17 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
         rotary(*arguments())
 
 
+def test_the_interpreter_as_it_comes_is_not_trusted_with_bfloat16(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(triton_runtime, "INTERPRETED", {torch.float32})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with (
+        vlmops.use_backend("triton"),
+        pytest.raises(BackendError, match="bfloat16, which Triton's interpreter computes"),
+    ):
+        rotary(*arguments(dtype=torch.bfloat16))
+
+
 def test_other_dtypes_are_refused():
     pytest.importorskip("triton")
     with vlmops.use_backend("triton"), pytest.raises(BackendError, match=r"float64 \(only float32"):

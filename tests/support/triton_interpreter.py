@@ -114,8 +114,11 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    import torch
     import triton.language as tl
     from triton.runtime import interpreter as base
+
+    from vlmops.backends import triton_runtime
 
     handle, builder = base.TensorHandle, base.InterpreterBuilder
 
@@ -151,6 +154,7 @@ def install() -> None:
     _repair_products(base, tl)
     _repair_sums(base, tl)
     _watch_memory(base)
+    triton_runtime.INTERPRETED.update((torch.bfloat16, torch.float8_e4m3fn))
 
 
 def _repair_casts(base: Any, tl: Any, lift: Any) -> None:

@@ -23,13 +23,15 @@ from torch import Tensor
 from vlmops.backends import choice
 
 __all__ = [
-    "Config", "Launch", "Target", "assume", "capability", "installed", "interpreted", "launch", "pick", "processors",
+    "INTERPRETED", "Config", "Launch", "Target", "assume", "capability", "installed", "interpreted", "launch", "pick", "processors",
     "record", "shared_bytes", "why_not",
 ]  # fmt: skip
 
 LEAST = (3, 4)
 INSTALL = "pip install 'triton>=3.4'"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: What Triton's interpreter computes rightly as it comes; tests/support/triton_interpreter.py adds what it repairs.
+INTERPRETED = {torch.float32, torch.float16, torch.float64}
 
 
 @dataclass(frozen=True)
