@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_an_old_triton_is_named(monkeypatch):
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
+    importlib.import_module("vlmops.ops.rotary.triton")  # a kernel is interpreted or not from its definition on
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with vlmops.use_backend("triton"), pytest.raises(BackendError, match="set TRITON_INTERPRET=1"):
         rotary(*arguments())

@@ -23,8 +23,8 @@ from torch import Tensor
 from vlmops.backends import choice
 
 __all__ = [
-    "INTERPRETED", "Config", "Launch", "Target", "assume", "capability", "installed", "interpreted", "launch", "pick", "processors",
-    "record", "shared_bytes", "why_not",
+    "INTERPRETED", "Config", "Launch", "Target", "assume", "capability", "installed", "interpreted", "launch", "pick",
+    "processors", "record", "shared_bytes", "target", "why_not",
 ]  # fmt: skip
 
 LEAST = (3, 4)
