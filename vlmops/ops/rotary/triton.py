@@ -30,12 +30,13 @@ def supports(x: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved:
 
 def forward(x: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """[T, H, D] in x's dtype, of x and of k (empty without one)."""
-    return _turn(x, k, cos, sin, interleaved, False)
+    return rotate_heads(x, k, cos, sin, interleaved, False)
 
 
-def _turn(
+def rotate_heads(
     x: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    """x and k rotated (rotated back with ``inverse``); the attentions call it in front of their own kernels."""
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
     if k is not None and k.stride(-1) != 1:
         k = k.contiguous()
@@ -66,6 +67,6 @@ def backward(
     if wanted:
         pair = [grads[i] for i in wanted] + [None]
         assert pair[0] is not None
-        for i, grad in zip(wanted, _turn(pair[0], pair[1], cos, sin, interleaved, True), strict=False):
+        for i, grad in zip(wanted, rotate_heads(pair[0], pair[1], cos, sin, interleaved, True), strict=False):
             found[i] = grad
     return found
