@@ -54,8 +54,13 @@ def _rows(longest: int, most: int) -> int:
     return most if longest <= 0 else max(16, min(most, next_power_of_two(longest)))
 
 
-def forward_configs(q: Tensor, longest: int) -> list[Config]:
-    """Tiles of the forward, the default first. ``longest``: rows of the longest query sequence, or <= 0."""
+def forward_configs(q: Tensor, longest: int, loops: int = 2) -> list[Config]:
+    """Tiles of the forward, the default first.
+
+    Args:
+        longest: rows of the longest query sequence, or <= 0.
+        loops: key loops the kernel always has; each keeps addresses in registers.
+    """
     width, wide = sum(chunks(q.shape[2])), q.element_size() == 4
     where = triton_runtime.target(q)
     if where.backend == "hip":
@@ -77,6 +82,8 @@ def forward_configs(q: Tensor, longest: int) -> list[Config]:
             tiles[0], tiles[1] = tiles[1], tiles[0]
     else:
         tiles = [(64, 32, 8, 2), (64, 64, 8, 1), (32, 32, 4, 2)]
+    if loops > 2 and where.arch == 80 and not wide and width in (64, 96):
+        tiles.insert(0, (64, 64, 4, 2) if width == 64 else (64, 32, 4, 2))
     found = []
     for bm, bn, warps, stages in tiles:
         rows = _rows(longest, bm)
@@ -90,8 +97,11 @@ def forward_configs(q: Tensor, longest: int) -> list[Config]:
     return [*found, persistent]
 
 
-def backward_configs(q: Tensor, longest: int, keys: bool) -> list[Config]:
-    """Tiles of the backward kernels, BM query rows and BN keys: of dk and dv with ``keys``, else of dq."""
+def backward_configs(q: Tensor, longest: int, keys: bool, rows: bool = False) -> list[Config]:
+    """Tiles of the backward kernels, BM query rows and BN keys: of dk and dv with ``keys``, else of dq.
+
+    ``rows``: dk and dv with a run of keys for each row, which takes more registers.
+    """
     width, wide = sum(chunks(q.shape[2])), q.element_size() == 4
     where = triton_runtime.target(q)
     if where.backend == "hip":
@@ -102,10 +112,12 @@ def backward_configs(q: Tensor, longest: int, keys: bool) -> list[Config]:
         tiles = [(64, 64, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3)]
     elif width <= 128:
         tiles = [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 4, 1)]
-        if keys and width == 128 and where.arch == 90:
-            tiles.insert(0, (32, 64, 8, 2))
+        if keys and (width == 128 and where.arch == 90 or width == 96 and where.arch != 100):
+            tiles.insert(0, (32, 64, 8, 2) if where.arch == 90 else (32, 64, 8, 1))
     else:
         tiles = [(32, 32, 4 if where.arch == 100 and not keys else 8, 1), (32, 64, 8, 1)]
+    if rows and not wide and (where.arch == 80 and width == 64 or where.arch == 90 and width == 128):
+        tiles.insert(0, (32, 64, 8, 2) if width == 64 else (32, 32, 4, 2))
     return [Config.of(BM=_rows(longest, bm), BN=bn, warps=warps, stages=stages) for bm, bn, warps, stages in tiles]
 
 
