@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def chunk_meta(dim: int) -> dict[str, int]:
+def chunk_meta(dim: int) -> dict[str, Any]:
     """The constexpr arguments of a head size."""
     first, second = chunks(dim)
     return {"D": dim, "D0": first, "D1": second}
@@ -112,11 +113,11 @@ def backward_configs(q: Tensor, longest: int, keys: bool, rows: bool = False) ->
         tiles = [(64, 64, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3)]
     elif width <= 128:
         tiles = [(64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 4, 1)]
-        if keys and (width == 128 and where.arch == 90 or width == 96 and where.arch != 100):
+        if keys and ((width == 128 and where.arch == 90) or (width == 96 and where.arch != 100)):
             tiles.insert(0, (32, 64, 8, 2) if where.arch == 90 else (32, 64, 8, 1))
     else:
         tiles = [(32, 32, 4 if where.arch == 100 and not keys else 8, 1), (32, 64, 8, 1)]
-    if rows and not wide and (where.arch == 80 and width == 64 or where.arch == 90 and width == 128):
+    if rows and not wide and ((where.arch == 80 and width == 64) or (where.arch == 90 and width == 128)):
         tiles.insert(0, (32, 64, 8, 2) if width == 64 else (32, 32, 4, 2))
     return [Config.of(BM=_rows(longest, bm), BN=bn, warps=warps, stages=stages) for bm, bn, warps, stages in tiles]
 

@@ -20,6 +20,10 @@ def _arguments(dtype: torch.dtype, dim: int) -> list[Any]:
     return [q, k, v, cu_q, cu_k, media, dim**-0.5]
 
 
+def _forward(dtype: torch.dtype, dim: int) -> None:
+    kernels.forward(*_arguments(dtype, dim))
+
+
 def _backward(dtype: torch.dtype, dim: int) -> None:
     args = _arguments(dtype, dim)
     out, lse = torch.empty_like(args[0]), torch.empty(16, 2048, device="meta")
@@ -29,7 +33,7 @@ def _backward(dtype: torch.dtype, dim: int) -> None:
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, thunk) of each."""
     for dim in (64, 80, 96, 128):
-        yield f"forward bfloat16 d{dim}", lambda dim=dim: kernels.forward(*_arguments(BF16, dim))
-    yield "forward float32 d64", lambda: kernels.forward(*_arguments(FP32, 64))
+        yield f"forward bfloat16 d{dim}", partial(_forward, BF16, dim)
+    yield "forward float32 d64", partial(_forward, FP32, 64)
     for dim in (64, 128):
         yield f"backward bfloat16 d{dim}", partial(_backward, BF16, dim)

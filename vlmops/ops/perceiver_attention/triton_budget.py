@@ -20,6 +20,10 @@ def _arguments(dtype: torch.dtype, dim: int, kv_heads: int) -> list[Any]:
     return [q, k, v, kl, vl, torch.empty(5, dtype=torch.int32, device="meta"), 64, dim**-0.5]
 
 
+def _forward(dtype: torch.dtype, dim: int, kv_heads: int) -> None:
+    kernels.forward(*_arguments(dtype, dim, kv_heads))
+
+
 def _backward(dtype: torch.dtype, dim: int, kv_heads: int) -> None:
     args = _arguments(dtype, dim, kv_heads)
     out, lse = torch.empty_like(args[0]), torch.empty(16, 4 * 64, device="meta")
@@ -29,7 +33,7 @@ def _backward(dtype: torch.dtype, dim: int, kv_heads: int) -> None:
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, thunk) of each."""
     for dim, kv_heads in ((64, 16), (96, 4), (128, 16)):
-        yield f"forward bfloat16 d{dim}", lambda dim=dim, kv=kv_heads: kernels.forward(*_arguments(BF16, dim, kv))
-    yield "forward float32 d64", lambda: kernels.forward(*_arguments(FP32, 64, 16))
+        yield f"forward bfloat16 d{dim}", partial(_forward, BF16, dim, kv_heads)
+    yield "forward float32 d64", partial(_forward, FP32, 64, 16)
     for dim, kv_heads in ((64, 16), (96, 4)):
         yield f"backward bfloat16 d{dim}", partial(_backward, BF16, dim, kv_heads)
