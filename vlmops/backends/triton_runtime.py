@@ -136,7 +136,9 @@ def why_not(x: Tensor, dtypes: Sequence[torch.dtype] = DTYPES) -> str | None:
         if not interpreted():
             return "a tensor on the CPU needs Triton's interpreter: set TRITON_INTERPRET=1 (slow)"
         if x.dtype not in INTERPRETED:
-            return f"{str(x.dtype)[6:]}, which Triton's interpreter computes wrongly (the tests repair it: docs/triton.md)"
+            return (
+                f"{str(x.dtype)[6:]}, which Triton's interpreter computes wrongly (the tests repair it: docs/triton.md)"
+            )
         return None
     return f"a tensor on {x.device}"
 
