@@ -237,7 +237,7 @@ def _stack(images: Tensor, weight: Tensor, channels: int, unit: int, crop: bool)
     """[n, T, C, H, W], a view."""
     if images.dim() not in (4, 5):
         raise ValueError(f"images: expected [n, C, H, W], [n, T, C, H, W] or [N, K], got {checks.describe(images)}")
-    return _fitted("images", images if images.dim() == 5 else images[:, None], channels, unit, crop)
+    return _fitted("images", images if images.dim() == 5 else images.unsqueeze(1), channels, unit, crop)
 
 
 def _buffer(
@@ -260,7 +260,7 @@ def _buffer(
             raise ValueError(f"{name}: expected [C, H, W] or [T, C, H, W], got {checks.describe(image)}")
         checks.check_dtype(name, image, images[0].dtype, "images[0]")
         checks.check_same_device(name, image, weight.device, "weight")
-        image = _fitted(name, image if image.dim() == 4 else image[None], channels, unit, crop)
+        image = _fitted(name, image if image.dim() == 4 else image.unsqueeze(0), channels, unit, crop)
         turned = image.permute(0, 2, 3, 1)
         interleaved = turned.is_contiguous() and not image.is_contiguous()
         parts.append((turned if interleaved else image).reshape(-1))
