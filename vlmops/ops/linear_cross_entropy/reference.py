@@ -24,7 +24,9 @@ def forward(
         logits = softcap * torch.tanh(logits / softcap)
     lse = logits.logsumexp(dim=-1)
     picked = logits.gather(1, targets.masked_fill(~counts, 0).long()[:, None]).squeeze(1)
-    loss = lse - (1 - label_smoothing) * picked - label_smoothing * logits.mean(dim=-1) + z_loss * lse.square()
+    loss = lse - (1 - label_smoothing) * picked + z_loss * lse.square()
+    if label_smoothing:  # 0 times the mean of a vocabulary with a masked word (bias -inf) would be NaN
+        loss = loss - label_smoothing * logits.mean(dim=-1)
     loss = loss.masked_fill(~counts, 0.0)
     if reduction == "mean":
         loss = loss.sum() / counts.sum()
