@@ -47,6 +47,21 @@ def same_address(OUT, STEP: tl.constexpr):
     tl.store(OUT + tl.program_id(0) * STEP, 1.0)
 
 
+@triton.jit
+def count_before(OUT, n, B: tl.constexpr):
+    """Each program writes how many ran before it: what no kernel may do."""
+    me = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    i = tl.arange(0, B)
+    before = tl.sum(tl.load(OUT + i, mask=i < n, other=0.0), 0)
+    ran = (tl.sqrt(8.0 * before + 1.0) - 1.0) / 2.0
+    tl.store(OUT + me, ran + 1.0)
+
+
+@triton.jit
+def add_atomically(OUT):
+    tl.atomic_add(OUT, 1.0)
+
+
 def answers() -> dict[str, bool]:
     """Which of the known faults show, on this process's interpreter."""
     torch.manual_seed(0)

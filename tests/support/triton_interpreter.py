@@ -8,6 +8,7 @@ What Triton 3.9.0 does with ``TRITON_INTERPRET=1``, and what ``install()`` chang
 - An address is dereferenced whatever it is. Here every active lane must lie inside one of the launch's tensors.
 - Nothing says when two programs write one address without an atomic. Here that is an error.
 - Nothing is counted. Here are bytes by active lane, and FLOPs of ``tl.dot``, padding included.
+- Programs run in the order of their numbers. ``order`` runs them in another, to show what depends on it.
 
 The project uses neither libdevice nor ``@triton.autotune``, which the interpreter does not run without a GPU either.
 tests/backends/test_triton_interpreter.py fails when upstream's behaviour changes: then this file can shrink.
@@ -16,6 +17,7 @@ tests/backends/test_triton_interpreter.py fails when upstream's behaviour change
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Counters", "count", "install"]
+__all__ = ["Counters", "count", "install", "order"]
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -46,6 +48,7 @@ class Counters:
 _counters: list[Counters] = []
 _ranges: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.uint64), np.empty(0, np.uint64))
 _writes: dict[tuple[int, int, int], list[np.ndarray]] = {}
+_order: tuple[str, int] | None = None
 _installed = False
 
 
@@ -58,6 +61,35 @@ def count() -> Iterator[Counters]:
         yield mine
     finally:
         _counters.remove(mine)
+
+
+@contextlib.contextmanager
+def order(kind: str, seed: int = 0) -> Iterator[None]:
+    """Run the programs of every launch inside the block in another order: "reverse", or "shuffled" by a seed.
+
+    A GPU promises no order. Programs that only write what no other one reads cannot notice.
+    """
+    global _order
+    if kind not in ("reverse", "shuffled"):
+        raise ValueError(f'kind: expected "reverse" or "shuffled", got {kind!r}')
+    before, _order = _order, (kind, seed)
+    try:
+        yield
+    finally:
+        _order = before
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(kind: str, seed: int, programs: int) -> np.ndarray:
+    return np.arange(programs)[::-1] if kind == "reverse" else np.random.default_rng(seed).permutation(programs)
+
+
+def _reordered(grid: tuple[int, ...], sizes: tuple[int, int, int]) -> tuple[int, ...]:
+    """The program that runs in this one's place."""
+    if _order is None:
+        return grid
+    turn = np.ravel_multi_index(grid, sizes)
+    return tuple(int(n) for n in np.unravel_index(_permutation(*_order, int(np.prod(sizes)))[turn], sizes))
 
 
 def _add(**what: int) -> None:
@@ -237,9 +269,9 @@ def _watch_memory(base: Any) -> None:
     old_load, old_store = builder.create_masked_load, builder.create_masked_store
     old_init, old_call, old_index = executor._init_args_hst, executor.__call__, builder.set_grid_idx
 
-    def load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+    def load(self: Any, ptrs: Any, mask: Any, *args: Any, **options: Any) -> Any:  # options: of a descriptor's load
         _check(ptrs, mask, "read", self.grid_idx)
-        return old_load(self, ptrs, mask, *args)
+        return old_load(self, ptrs, mask, *args, **options)
 
     def store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
         _check(ptrs, mask, "written", self.grid_idx)
@@ -273,7 +305,7 @@ def _watch_memory(base: Any) -> None:
 
     def index(self: Any, *grid: int) -> None:
         _add(programs=1)
-        old_index(self, *grid)
+        old_index(self, *_reordered(grid, self.grid_dim))
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         _writes.clear()
