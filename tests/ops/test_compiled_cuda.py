@@ -23,6 +23,15 @@ def cu(n):
     return t(n + 1, dtype=torch.int32)
 
 
+def quantized(kind):
+    """A weight [32, 48] in few bits."""
+    dtype, columns = {"int8": (torch.int8, 128), "int4": (torch.uint8, 64), "fp8": (torch.float8_e4m3fn, 128)}[kind]
+    zero = t(1, 32, dtype=torch.uint8) if kind == "int4" else None
+    scale = t(1, 32, dtype=torch.float32)
+    size = 128 if kind == "int4" else None
+    return ops.QuantizedWeight(kind, t(32, columns, dtype=dtype), scale, zero, size, (32, 48), BF16)
+
+
 CASES = {
     "varlen_attention": lambda: (ops.varlen_attention, (t(64, 4, 80), t(64, 2, 80), t(64, 2, 80), cu(3)), dict(causal=True)),
     "varlen_attention rope": lambda: (
@@ -38,12 +47,24 @@ CASES = {
         dict(num_latents=8),
     ),
     "patchify": lambda: (ops.patchify, (t(2, 1, 3, 28, 28), t(32, 3, 14, 14), t(32)), dict(patch_size=14)),
+    "patchify mixed": lambda: (
+        ops.patchify, ([t(3, 28, 28), t(2, 3, 14, 42)], t(32, 3, 2, 14, 14), t(32)),
+        dict(patch_size=14, temporal_patch_size=2, mean=[0.5], std=[0.5], position=t(7, 32)),
+    ),
+    "patchify rows": lambda: (
+        ops.patchify, (t(8, 1176), t(32, 3, 2, 14, 14)),
+        dict(patch_size=14, temporal_patch_size=2, grid_thw=t(2, 3, dtype=torch.int64)),
+    ),
     "linear": lambda: (ops.linear, (t(10, 48), t(32, 48), t(32)), dict(activation="gelu", residual=t(10, 32))),
     "mlp": lambda: (ops.mlp, (t(10, 48), t(64, 48), t(64), t(32, 64), t(32)), dict(activation="quick_gelu")),
     "layer_norm": lambda: (ops.layer_norm, (t(10, 48), t(48), t(48)), dict(eps=1e-5)),
     "rms_norm": lambda: (ops.rms_norm, (t(10, 48), t(48)), dict(eps=1e-5, residual=t(10, 48))),
     "rotary": lambda: (ops.rotary, (t(10, 4, 80), t(10, 80), t(10, 80)), dict(k=t(10, 2, 80))),
     "merge_tokens": lambda: (ops.merge_tokens, (t(20, dtype=torch.int64), t(20, 48), t(6, 48), 7), {}),
+    "quantized_linear int8": lambda: (ops.quantized_linear, (t(10, 48), quantized("int8"), t(32)), dict(gate=t(1))),
+    "quantized_linear int4": lambda: (ops.linear, (t(10, 48), quantized("int4")), dict(residual=t(10, 32))),
+    "quantized_linear fp8": lambda: (ops.quantized_linear, (t(10, 48), quantized("fp8")), dict(quantize_activations=True)),
+    "fp8_attention": lambda: (ops.fp8_attention, (t(64, 4, 80), t(64, 2, 80), t(64, 2, 80), cu(3)), dict(causal=True)),
     "linear_cross_entropy": lambda: (ops.linear_cross_entropy, (t(10, 48), t(100, 48), t(10, dtype=torch.int64)), {}),
 }  # fmt: skip
 

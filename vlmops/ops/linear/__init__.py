@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmops.ops._shared import checks
 from vlmops.ops._shared.activations import check_activation
+from vlmops.ops._shared.quantisation import QuantizedWeight
 from vlmops.ops._shared.registry import Op
 
 __all__ = ["linear"]
@@ -33,7 +34,7 @@ OP = Op(
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
@@ -45,7 +46,7 @@ def linear(
 
     Args:
         x: [..., K] floating point.
-        weight: [N, K], as ``nn.Linear`` holds it.
+        weight: [N, K], as ``nn.Linear`` holds it; or one of ``quantize_weight``, then this is ``quantized_linear``.
         bias: [N] or None.
         activation: "gelu", "gelu_tanh", "quick_gelu", "silu", "relu" or None.
         gate: scalar (0-d or [1]) or [N]; its tanh multiplies the product (Flamingo, Mllama).
@@ -60,6 +61,10 @@ def linear(
 
     Source: tanh gates as in Flamingo (Alayrac et al., 2022).
     """
+    if isinstance(weight, QuantizedWeight):
+        from vlmops.ops.quantized_linear import quantized_linear
+
+        return quantized_linear(x, weight, bias, activation=activation, gate=gate, row_mask=row_mask, residual=residual)
     checks.check_tensor("x", x, layout="[..., K]")
     checks.check_tensor("weight", weight, dim=2, layout="[N, K]")
     checks.check_floating("x", x)
