@@ -122,6 +122,16 @@ def test_the_real_library_loads_and_uses_torchs_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("cap", ["", "avx3"])
+def test_an_instruction_set_that_is_none_is_said(monkeypatch, caplog, cap):
+    assert native.load(), native.reason()
+    monkeypatch.setenv("VLMOPS_CPU_ISA", cap)
+    monkeypatch.setattr(native, "_state", None)
+    monkeypatch.setattr(native, "_load", lambda: None)
+    assert native.load()
+    assert ("VLMOPS_CPU_ISA=avx3" in caplog.text) == bool(cap)
+
+
 def test_a_schema_is_defined_once():
     native.define("isa() -> str")
     native.define("num_threads() -> int")

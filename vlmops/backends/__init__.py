@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-__all__ = ["BACKENDS", "BackendError", "forced_backend", "use_backend"]
+__all__ = ["BACKENDS", "BackendError", "LaunchError", "forced_backend", "use_backend"]
 
 #: Every backend there can be. ``reference`` is the oracle and never chosen by ``auto``.
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
@@ -20,6 +20,10 @@ _forced: ContextVar[str | None] = ContextVar("vlmops_backend", default=None)
 
 class BackendError(RuntimeError):
     """A forced backend cannot run; the message says what is missing."""
+
+
+class LaunchError(BackendError):
+    """A backend that should have run failed to start; where it was not forced, another one takes over."""
 
 
 def _checked(name: str) -> str:

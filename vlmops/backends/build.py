@@ -22,8 +22,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Protocol
 
-__all__ = ["BuildError", "Plan", "build", "compiler", "csrc_dir", "intact", "ninja", "plan", "stamp", "targets"]
+__all__ = [
+    "BuildError",
+    "Plan",
+    "Recipe",
+    "build",
+    "compiler",
+    "csrc_dir",
+    "intact",
+    "ninja",
+    "plan",
+    "stamp",
+    "targets",
+]
 
 LIBRARY = "vlmops_cpu.so"
 STAMP = "build.json"
@@ -117,6 +130,21 @@ def sanitizers() -> str:
     return os.environ.get("VLMOPS_NATIVE_SANITIZE", "")
 
 
+class Recipe(Protocol):
+    """Anything ``build`` can build: into which file, under which key, by which ``build.ninja``.
+
+    ``what`` is its name in messages, ``torch_version`` that of the torch it is built against.
+    """
+
+    key: str
+    library: str
+    what: str
+    torch_version: str
+
+    def write(self, folder: Path) -> None:
+        """``build.ninja`` and generated sources into ``folder``; the default target is ``library``."""
+
+
 @dataclass
 class Plan:
     """One build: the compile commands as ninja will run them, and the key of the result."""
@@ -130,6 +158,12 @@ class Plan:
     link: list[str]
     torch_version: str
     key: str = ""
+    library: str = LIBRARY
+    what: str = "the CPU kernels"
+
+    def write(self, folder: Path) -> None:
+        """``build.ninja`` into ``folder``."""
+        write_ninja(self, folder)
 
     @property
     def steps(self) -> int:
@@ -230,24 +264,24 @@ def file_lock(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
-def stamp(found: Plan, folder: Path) -> None:
+def stamp(found: Recipe, folder: Path) -> None:
     """Record in ``folder`` what its library is: checksum, torch version, key."""
-    checksum = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+    checksum = hashlib.sha256((folder / found.library).read_bytes()).hexdigest()
     facts = {"sha256": checksum, "torch": found.torch_version, "key": found.key}
     (folder / STAMP).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def intact(folder: Path, torch_version: str | None = None) -> bool:
+def intact(folder: Path, torch_version: str | None = None, library: str = LIBRARY) -> bool:
     """Whether ``folder`` holds a library as it was built (and for ``torch_version``, if given)."""
     try:
         facts = json.loads((folder / STAMP).read_text())
-        checksum = hashlib.sha256((folder / LIBRARY).read_bytes()).hexdigest()
+        checksum = hashlib.sha256((folder / library).read_bytes()).hexdigest()
         return facts["sha256"] == checksum and torch_version in (None, facts["torch"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None = None) -> Path:
+def build(found: Recipe, root: Path, progress: Callable[[int, int], None] | None = None) -> Path:
     """The built library, compiled now unless ``root/<key>`` has it.
 
     Args:
@@ -260,22 +294,22 @@ def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None =
         OSError: the folder cannot be written.
     """
     target = root / found.key
-    library = target / LIBRARY
-    if intact(target):
+    library = target / found.library
+    if intact(target, library=found.library):
         return library
     root.mkdir(parents=True, exist_ok=True)
     with file_lock(root / f"{found.key}.lock"):
-        if intact(target):  # another process built it while this one waited
+        if intact(target, library=found.library):  # another process built it while this one waited
             return library
         for stale in root.glob(f".{found.key}-*"):  # builds killed before the rename; the lock says nobody is at work
             shutil.rmtree(stale, ignore_errors=True)
         work = root / f".{found.key}-{os.getpid()}"  # no mkdtemp: its mode 700 would shut others out of a shared cache
         work.mkdir()
         try:
-            write_ninja(found, work)
-            _run_ninja(work, root / f"{found.key}.log", progress)
+            found.write(work)
+            _run_ninja(work, found.what, root / f"{found.key}.log", progress)
             for leftover in work.iterdir():
-                if leftover.name != LIBRARY:
+                if leftover.name != found.library:
                     leftover.unlink()
             stamp(found, work)
             if target.exists():  # damaged, or half deleted by somebody
@@ -286,7 +320,7 @@ def build(found: Plan, root: Path, progress: Callable[[int, int], None] | None =
     return library
 
 
-def _run_ninja(work: Path, log_path: Path, progress: Callable[[int, int], None] | None) -> None:
+def _run_ninja(work: Path, what: str, log_path: Path, progress: Callable[[int, int], None] | None) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     process = subprocess.Popen(
         [ninja(), "-C", str(work), "-j", os.environ.get("MAX_JOBS") or str(cores), "-v"],
@@ -313,7 +347,7 @@ def _run_ninja(work: Path, log_path: Path, progress: Callable[[int, int], None] 
         log_path.unlink(missing_ok=True)
         return
     log_path.write_text("".join(lines))
-    raise BuildError(f"compiling the CPU kernels failed (log: {log_path}):\n{_what_failed(lines)}")
+    raise BuildError(f"compiling {what} failed (log: {log_path}):\n{_what_failed(lines)}")
 
 
 def _what_failed(lines: list[str]) -> str:

@@ -68,15 +68,22 @@ def _private_folder() -> Path:
 
 
 def cached(progress: Callable[[int, int], None] | None = None) -> Path:
-    """The library in the user's cache (a temporary folder where that cannot be written), built first if it is not there.
+    """The library in the user's cache, built first if it is not there.
 
     Raises:
         build.BuildError: it cannot be built.
     """
-    plan = build.plan()
+    return in_cache(build.plan(), "native", progress)
+
+
+def in_cache(plan: build.Recipe, kind: str, progress: Callable[[int, int], None] | None = None) -> Path:
+    """What ``plan`` builds, from the user's cache (a temporary folder where that cannot be written), built first if need be.
+
+    Raises:
+        build.BuildError: it cannot be built.
+    """
     try:
-        root = cache_dir() / "native"
-        return build.build(plan, root, progress)
+        return build.build(plan, cache_dir() / kind, progress)
     except build.BuildError:
         raise
     except (OSError, RuntimeError) as err:  # RuntimeError: no home folder
@@ -85,23 +92,24 @@ def cached(progress: Callable[[int, int], None] | None = None) -> Path:
         return build.build(plan, folder, progress)
 
 
-class _Progress:
+class Progress:
     """One line on a terminal, one log record elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str = "the CPU kernels") -> None:
+        self.what = what
         self.tty = sys.stderr.isatty()
         self.started = False
 
     def __call__(self, done: int, total: int) -> None:
         if self.tty:
             print(
-                f"\rvlmops: building the CPU kernels ({done}/{total}, once per machine)",
+                f"\rvlmops: building {self.what} ({done}/{total}, once per machine)",
                 end="",
                 file=sys.stderr,
                 flush=True,
             )
         elif not self.started:
-            log.warning("vlmops: building the CPU kernels (%d files, once per machine)", total)
+            log.warning("vlmops: building %s (%d files, once per machine)", self.what, total)
         self.started = True
 
     def close(self) -> None:
@@ -131,11 +139,23 @@ def _try_load() -> str:
         return why_not
     try:
         _load()
+        _check_cap()
         return ""
     except Exception as err:  # whatever it is, the torch backend still works
         why_not = str(err) or repr(err)
         log.warning("vlmops: the native CPU kernels are not available, plain PyTorch is used instead: %s", why_not)
         return why_not
+
+
+def _check_cap() -> None:
+    """Say so where VLMOPS_CPU_ISA names no set that this machine has: a typing error would be a wrong measurement."""
+    cap = os.environ.get("VLMOPS_CPU_ISA", "")
+    if cap:
+        used = str(torch.ops.vlmops_cpu.isa())
+        if used != cap:
+            log.warning(
+                "vlmops: VLMOPS_CPU_ISA=%s is no instruction set of this machine's build: %s is used", cap, used
+            )
 
 
 def _load() -> None:
@@ -152,7 +172,7 @@ def _load() -> None:
             return
         except OSError as err:  # built on another kind of system: build for this one
             log.info("vlmops: %s does not load here (%s)", ready, err.__cause__ or err)
-    with contextlib.closing(_Progress()) as progress:
+    with contextlib.closing(Progress()) as progress:
         path = cached(progress)
     try:
         torch.ops.load_library(str(path))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmops.backends import build, native, triton_runtime
+from vlmops.backends import BackendError, build, cuda_runtime, native, triton_runtime
 from vlmops.backends.cache_dir import cache_dir
 from vlmops.backends.machine import cpu_model
 
@@ -80,6 +80,19 @@ def _triton(gpu: bool) -> BackendInfo:
     )
 
 
+def _cuda(gpu: bool) -> BackendInfo:
+    import torch
+
+    try:
+        module = cuda_runtime.executor(torch.device("cuda", 0) if gpu else torch.device("cpu"))
+    except (BackendError, ValueError) as err:
+        missing = "" if gpu else "torch sees no GPU; "
+        return BackendInfo("cuda", False, f"{missing}{err}")
+    name = module.__name__.rsplit("_", 1)[-1]
+    where = "" if gpu else ": the host SIMT machine, on CPU tensors, where the backend is forced"
+    return BackendInfo("cuda", True, f"executor {name}{where}")
+
+
 def backends(build_now: bool = False) -> list[BackendInfo]:
     """Every backend, in the order of ``vlmops.backends.BACKENDS``; Triton is looked for, not imported."""
     import torch
@@ -90,11 +103,7 @@ def backends(build_now: bool = False) -> list[BackendInfo]:
         BackendInfo("torch", True, f"PyTorch {torch.__version__}"),
         _cpu(build_now),
     ]
-    found.append(_triton(gpu))
-    cuda = "no op has CUDA kernels yet"
-    if not gpu:
-        cuda += "; torch sees no GPU"
-    found.append(BackendInfo("cuda", False, cuda))
+    found += [_triton(gpu), _cuda(gpu)]
     return found
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -30,6 +31,8 @@ from vlmops import backends
 from vlmops.backends import choice, triton_runtime
 
 __all__ = ["OPS", "TRACED_BACKEND", "Op", "bucket"]
+
+log = logging.getLogger("vlmops")
 
 LIB = torch.library.Library("vlmops", "FRAGMENT")
 OPS: dict[str, Op] = {}
@@ -105,6 +108,7 @@ class Op:
         self._tensor_args = [i for i, kind in enumerate(self.arg_types) if kind.startswith("Tensor")]
         self._modules: dict[str, ModuleType] = {}
         self._memory: dict[Any, str] = {}
+        self._failed: set[str] = set()  # backends that could not start: ``auto`` leaves them out
         self._register(args.strip()[1:-1], returns.strip())
         OPS[self.name] = self
 
@@ -134,7 +138,7 @@ class Op:
         *rest, backend = args
         if backend == "auto":  # a compiled graph: the choice could not be made while tracing
             backend = self.resolve(rest)
-        return self.module(backend).forward(*rest)
+        return self._run(backend, rest)
 
     def _backward(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
         *rest, needs, backend = args
@@ -142,13 +146,10 @@ class Op:
         grads, outs, inputs = rest[:n], rest[n : n + m], rest[n + m :]
         if backend == "auto":
             backend = self.resolve(inputs)
-        module = self.module(backend)
-        if not hasattr(module, "backward") and backend not in ("torch", "reference"):
-            module = self.module("torch")
-        if hasattr(module, "backward"):
-            result = module.backward(grads, outs, inputs, needs)
-        else:
-            result = self._recompute(module, grads, inputs, needs)
+        try:
+            result = self._gradients(backend, grads, outs, inputs, needs)
+        except backends.LaunchError as err:
+            result = self._gradients(self._instead(backend, err), grads, outs, inputs, needs)
         found = tuple(
             torch.zeros_like(inputs[i], memory_format=torch.contiguous_format)
             if need and grad is None
@@ -158,6 +159,18 @@ class Op:
             for i, need, grad in zip(self.diff, needs, result, strict=True)
         )
         return found if len(found) > 1 else found[0]  # a schema of one return wants a tensor, not a tuple of one
+
+    def _gradients(
+        self, backend: str, grads: Sequence[Tensor | None], outs: Sequence[Tensor], inputs: Sequence[Any],
+        needs: Sequence[bool],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        module = self.module(backend)
+        if not hasattr(module, "backward") and backend not in ("torch", "reference"):
+            module = self.module("torch")
+        if hasattr(module, "backward"):
+            found: Sequence[Tensor | None] = module.backward(grads, outs, inputs, needs)
+            return found
+        return self._recompute(module, grads, inputs, needs)
 
     def _recompute(
         self, module: ModuleType, grads: Sequence[Tensor | None], inputs: Sequence[Any], needs: Sequence[bool]
@@ -291,7 +304,8 @@ class Op:
 
     def _decide(self, args: Sequence[Any]) -> str:
         device = next(a.device for a in args if isinstance(a, Tensor))
-        order = [b for b in ORDER.get(device.type, ("torch",)) if b in self.backends and self.why_not(b, args) is None]
+        able = (b for b in ORDER.get(device.type, ("torch",)) if b in self.backends and b not in self._failed)
+        order = [b for b in able if self.why_not(b, args) is None]
         if not order:
             return "torch"
         if len(order) == 1 or (self.tiny is not None and self.tiny(*args)):
@@ -327,8 +341,23 @@ class Op:
                 args = tuple(self.autocast_args(list(args), device))
         backend = self.resolve(args)
         if self._plain_call(args):
-            return self.module(backend).forward(*args)
+            return self._run(backend, args)
         return self.raw(*args, backend)
+
+    def _run(self, backend: str, args: Sequence[Any]) -> Any:
+        try:
+            return self.module(backend).forward(*args)
+        except backends.LaunchError as err:
+            return self.module(self._instead(backend, err)).forward(*args)
+
+    def _instead(self, backend: str, err: backends.LaunchError) -> str:
+        """The backend that takes over for one that could not start, now and from now on; raises where it was forced."""
+        if backends.forced_backend() == backend:
+            raise err
+        log.warning("vlmops: %s: backend %s could not start, plain PyTorch takes over: %s", self.name, backend, err)
+        self._failed.add(backend)
+        self._memory = {key: chosen for key, chosen in self._memory.items() if chosen != backend}
+        return "torch"
 
     def _plain_call(self, args: Sequence[Any]) -> bool:
         """Whether nobody would notice if the dispatcher were left out: it costs as much as all the rest of a small call.
