@@ -13,16 +13,16 @@ CASES = {case.name: case for case in bars.LINEAR}
 
 @lru_cache(maxsize=1)
 def checked(name, dtype):
-    """The calls of a case, their outputs compared once."""
+    """A case, the outputs of its calls compared once."""
     load = workloads.linear(CASES[name], bars.DTYPES[dtype])
     load.correct({who: call() for who, call in load.calls.items()})
-    return load.calls
+    return load
 
 
 @pytest.mark.parametrize("who", ["ours", "peer"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", bars.DTYPES)
 def test_speed(timed, name, dtype, who):
-    calls = checked(name, dtype)
-    peer = next(other for other in calls if other != workloads.OURS)
-    timed(name, dtype, calls[workloads.OURS if who == "ours" else peer], CASES[name].work)
+    load = checked(name, dtype)
+    peer = next(other for other in load.calls if other != workloads.OURS)
+    timed(name, dtype, load.calls[workloads.OURS if who == "ours" else peer], load.work)

@@ -64,9 +64,11 @@ def timed(benchmark, peak_seconds):
         if benchmark.stats is None:  # --benchmark-disable
             return
         seconds = benchmark.stats.stats.median
-        benchmark.extra_info["gflops"] = work.flops / seconds / 1e9
+        if work.flops:
+            benchmark.extra_info["gflops"] = work.flops / seconds / 1e9
         benchmark.extra_info["gbytes"] = work.bytes / seconds / 1e9
-        rate, peak = work.flops / seconds, PEAK_WORK.flops / peak_seconds[dtype]
-        benchmark.extra_info["share_of_peak"] = rate / peak
+        if work.flops:
+            rate, peak = work.flops / seconds, PEAK_WORK.flops / peak_seconds[dtype]
+            benchmark.extra_info["share_of_peak"] = rate / peak
 
     return run

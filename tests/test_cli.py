@@ -36,13 +36,19 @@ def test_version(run):
 @pytest.mark.parametrize("args", [(), ("--help",)])
 def test_help_lists_every_command(run, args):
     _, text = run(*args)
-    for command in ("info", "demo", "bench"):
+    for command in ("info", "demo", "bench", "gpu-check", "tune"):
         assert re.search(rf"\b{command}\b +\S", text), f"{command} has no help text"
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("info", ("--json", "--build")), ("demo", ("--model", "--image", "--json")), ("bench", ("--op", "--json"))],
+    [
+        ("info", ("--json", "--build")),
+        ("demo", ("--model", "--image", "--json")),
+        ("bench", ("--op", "--json")),
+        ("gpu-check", ("--quick", "--out", "--op", "--device", "--json")),
+        ("tune", ("--image-size", "--dtype", "--device", "--dry-run", "--json")),
+    ],
 )
 def test_help_of_a_command(run, command, options):
     code, text = run(command, "--help")

@@ -69,9 +69,13 @@ def info(
 def _add_lazy_commands() -> None:
     from vlmops.demo.cli import demo
     from vlmops.profiling.cli import bench
+    from vlmops.profiling.gpu_check.cli import gpu_check
+    from vlmops.tune.cli import tune
 
     app.command()(demo)
     app.command()(bench)
+    app.command("gpu-check")(gpu_check)
+    app.command()(tune)
 
 
 _add_lazy_commands()

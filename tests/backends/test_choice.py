@@ -107,3 +107,50 @@ def test_backward_uses_the_backend_of_its_forward(monkeypatch):
     with vlmops.use_backend("torch"):
         out.sum().backward()
     assert len(seen) == count + 1, "the backward recomputes by the backend that ran the forward"
+
+
+def pretend_gpus(monkeypatch, *names):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    choice.machine_key.cache_clear()
+
+
+def test_choices_belong_to_the_gpu_they_were_measured_on(tuning_cache, monkeypatch):
+    """Two different GPUs in one machine keep their own; a driver, the processor and threads play no part."""
+    pretend_gpus(monkeypatch, "GPU A", "GPU B", "GPU A")
+    runs = []
+    monkeypatch.setattr(
+        choice, "_measure", lambda names, *_: runs.append(1) or {n: 1.0 + i for i, n in enumerate(names)}
+    )
+    for index in (0, 1, 2, 0):
+        device = torch.device("cuda", index)
+        assert choice.decide("op", "key", {"triton": None, "torch": None}, ["triton", "torch"], device) == "triton"
+    assert len(runs) == 2, "GPU 2 is of the kind of GPU 0"
+    assert choice.decide("op", "key", {"triton": None, "torch": None}, ["triton", "torch"], torch.device("cuda"))
+    assert len(runs) == 2, "the current GPU is GPU 0"
+    assert choice.measured(torch.device("cuda", 1)) and not choice.measured()
+    key = choice.machine_key(torch.device("cuda", 0))
+    assert key.startswith("GPU A|torch-") and "driver" not in key and "threads" not in key
+    choice.machine_key.cache_clear()
+
+
+def test_the_processors_choices_do_not_depend_on_a_gpu(monkeypatch):
+    from vlmops.backends.machine import cpu_model
+
+    before = choice._section(CPU)
+    pretend_gpus(monkeypatch, "GPU A")
+    assert choice._section(CPU) == before and before.startswith(cpu_model()) and "threads-" in before
+    choice.machine_key.cache_clear()
+
+
+def test_a_rehearsal_lists_keys_and_measures_nothing(tuning_cache):
+    calls = []
+    candidates = {"cpu": sleeper(1, calls), "torch": sleeper(4, calls)}
+    choice.decide("op", "known", candidates, ["cpu", "torch"], CPU)
+    count = len(calls)
+    with choice.rehearse() as keys, choice.watch() as asked:
+        assert choice.decide("op", "known", candidates, ["torch", "cpu"], CPU) == "cpu"
+        assert choice.decide("op", "new", candidates, ["torch", "cpu"], CPU) == "torch"
+    assert keys == {"op:cpu:known": True, "op:cpu:new": False} and asked == list(keys)
+    assert len(calls) == count and list(choice.measured()) == ["op:cpu:known"]

@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from vlmops.cli import app
+from vlmops.ops._shared import gemm_cpu
 from vlmops.profiling import bars, bench_ops, memory, towers, workloads
 from vlmops.profiling.bars import Row
-from vlmops.profiling.peak import packed_sequence, peak_call
+from vlmops.profiling.peak import packed_linear, packed_sequence, peak_call
 from vlmops.profiling.settings import Settings
 
 
@@ -99,6 +100,18 @@ def test_packed_products():
     out = peak_call(torch.float32)()
     assert out.shape == (1024, 4096)
     assert bool(out.any())
+
+
+@pytest.mark.parametrize("native_bf16", [True, False])
+def test_a_packed_product_is_the_product(monkeypatch, native_bf16):
+    if native_bf16 and not gemm_cpu._has_bf16():
+        pytest.skip("this processor has no bf16 products")
+    monkeypatch.setattr(gemm_cpu, "_has_bf16", lambda: native_bf16)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x, w, b = (torch.randn(*shape).to(dtype) for shape in ((32, 64), (48, 64), (48,)))
+        out = packed_linear(w, 32, b)(x)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out, torch.nn.functional.linear(x, w, b), atol=1e-1, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", bars.DTYPES)

@@ -15,7 +15,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import lru_cache
 from math import inf
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from vlmops.backends.cache_dir import cache_dir
 
-__all__ = ["decide", "forget", "measured", "tuning_enabled"]
+__all__ = ["cache_path", "decide", "forget", "machine_key", "measured", "rehearse", "tuning_enabled", "watch"]
 
 log = logging.getLogger("vlmops")
 
@@ -39,6 +40,8 @@ TIE = 0.98  # a kernel must beat plain PyTorch by 2% to be chosen: below that it
 _lock = threading.Lock()
 _table: dict[str, dict[str, Any]] | None = None
 _dirty = False
+_watched: ContextVar[list[str] | None] = ContextVar("vlmops_watched_keys", default=None)
+_rehearsal: ContextVar[dict[str, bool] | None] = ContextVar("vlmops_rehearsal", default=None)
 
 
 def tuning_enabled() -> bool:
@@ -46,22 +49,42 @@ def tuning_enabled() -> bool:
     return os.environ.get("VLMOPS_TUNING", "on").lower() not in ("off", "0", "false")
 
 
-def _path() -> Path:
+def cache_path() -> Path:
+    """The file; it need not exist."""
     return cache_dir() / f"tuning-v{FORMAT}.json"
 
 
-@lru_cache(maxsize=1)
-def machine_key() -> str:
-    """What a measured choice depends on beside its own key: processor or GPU, threads, torch and vlmops versions."""
+def _versions(*packages: str) -> list[str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package}-{version(package)}")
+    return found
+
+
+@lru_cache(maxsize=32)
+def machine_key(device: torch.device) -> str:
+    """What a choice measured on this device depends on beside its own key; no driver, no clock, no host.
+
+    A GPU: its name and the versions of torch, triton and vlmops. A CPU: its name, the versions and (in ``_section``) the
+    number of threads. Two equal GPUs share their choices, two different ones in one machine do not.
+    """
     from vlmops.backends.machine import cpu_model
     from vlmops.version import __version__
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
-    return "|".join((cpu_model(), device, f"torch-{torch.__version__}", f"vlmops-{__version__}"))
+    versions = [f"torch-{torch.__version__}", f"vlmops-{__version__}"]
+    if device.type == "cuda":
+        return "|".join((torch.cuda.get_device_name(device), *versions, *_versions("triton")))
+    return "|".join((cpu_model(), *versions))
 
 
-def _section() -> str:
-    return f"{machine_key()}|threads-{torch.get_num_threads()}"
+def _section(device: torch.device) -> str:
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return machine_key(torch.device("cuda", index))
+    return f"{machine_key(torch.device('cpu'))}|threads-{torch.get_num_threads()}"
 
 
 def _load() -> dict[str, dict[str, Any]]:
@@ -73,7 +96,7 @@ def _load() -> dict[str, dict[str, Any]]:
 
 def _read() -> dict[str, dict[str, Any]]:
     try:
-        data = json.loads(_path().read_text())
+        data = json.loads(cache_path().read_text())
         table = data["choices"] if data.get("format") == FORMAT else {}
         if not all(isinstance(section, dict) for section in table.values()):
             raise TypeError("a section is not a table")
@@ -81,7 +104,7 @@ def _read() -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        log.warning("vlmops: tuning cache %s cannot be read (%s); it will be rebuilt", _path(), err)
+        log.warning("vlmops: tuning cache %s cannot be read (%s); it will be rebuilt", cache_path(), err)
         return {}
 
 
@@ -96,20 +119,42 @@ def save() -> None:
         for section, rows in _table.items():
             merged.setdefault(section, {}).update(rows)
         with contextlib.suppress(OSError):
-            _path().parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=_path().parent, prefix=".tuning-")
+            cache_path().parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=cache_path().parent, prefix=".tuning-")
             with os.fdopen(handle, "w") as out:
                 json.dump({"format": FORMAT, "choices": merged}, out, indent=1, sort_keys=True)
-            os.replace(name, _path())
+            os.replace(name, cache_path())
 
 
 atexit.register(save)
 
 
-def measured() -> dict[str, Any]:
-    """This machine's remembered choices: key -> {"choice": name, "ms": {name: median}}."""
+def measured(device: torch.device | None = None) -> dict[str, Any]:
+    """The remembered choices of a device (None: of this machine's processor): key -> {"choice": name, "ms": {name: median}}."""
     with _lock:
-        return dict(_load().get(_section(), {}))
+        return dict(_load().get(_section(device or torch.device("cpu")), {}))
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[str]]:
+    """Inside the block every key that a choice is asked for is listed."""
+    seen: list[str] = []
+    token = _watched.set(seen)
+    try:
+        yield seen
+    finally:
+        _watched.reset(token)
+
+
+@contextlib.contextmanager
+def rehearse() -> Iterator[dict[str, bool]]:
+    """Inside the block nothing is measured: yields key -> whether it is remembered already, in the order asked for."""
+    seen: dict[str, bool] = {}
+    token = _rehearsal.set(seen)
+    try:
+        yield seen
+    finally:
+        _rehearsal.reset(token)
 
 
 def forget() -> None:
@@ -188,10 +233,18 @@ def decide(
     if len(order) == 1 or not tuning_enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return order[0]
     full = f"{op}:{device.type}:{key}"
+    section = _section(device)
     with _lock:
-        row = _load().get(_section(), {}).get(full)
-    if isinstance(row, dict) and row.get("choice") in candidates:
-        return str(row["choice"])
+        row = _load().get(section, {}).get(full)
+    known = str(row["choice"]) if isinstance(row, dict) and row.get("choice") in candidates else None
+    watched, rehearsal = _watched.get(), _rehearsal.get()
+    if watched is not None:
+        watched.append(full)
+    if rehearsal is not None:
+        rehearsal.setdefault(full, known is not None)
+        return known or order[0]
+    if known is not None:
+        return known
     times = _measure({name: candidates[name] for name in order}, device, cold)
     if not times:
         return order[0]
@@ -200,7 +253,7 @@ def decide(
     if choice != "torch" and times[choice] > min(TIE * plain, plain - least_gain):
         choice = "torch"
     with _lock:
-        _load().setdefault(_section(), {})[full] = {
+        _load().setdefault(section, {})[full] = {
             "choice": choice,
             "ms": {name: round(t * 1e3, 4) for name, t in times.items()},
         }

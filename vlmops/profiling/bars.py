@@ -75,14 +75,6 @@ class AttentionCase:
     share: dict[str, float]
     ratio: dict[str, float]
 
-    @property
-    def work(self) -> Work:
-        """2 products of S x S x d a head; q, k, v read and out written once (2-byte elements)."""
-        tokens = sum(self.lengths)
-        return Work(
-            sum(4.0 * s * s for s in self.lengths) * HEADS * self.head_dim, 8.0 * tokens * HEADS * self.head_dim
-        )
-
 
 _FULL_SHARE, _FULL_RATIO = {"bf16": 0.65, "fp32": 0.80}, {"bf16": 2.0}
 _SDPA = "SDPA per sequence"
@@ -120,11 +112,6 @@ class PatchifyCase:
         side = math.isqrt(self.tokens)
         return torch.tensor([[1, side, side]])
 
-    @property
-    def work(self) -> Work:
-        """One product."""
-        return Work(2.0 * self.tokens * self.width * self.channels)
-
 
 PATCHIFY = (
     PatchifyCase("4096 Qwen patches", "float", "view + F.linear", {"bf16": 1.1}),
@@ -144,11 +131,6 @@ class MlpCase:
     activation: str
     ratio: dict[str, float]
 
-    @property
-    def work(self) -> Work:
-        """Two products."""
-        return Work(2.0 * self.rows * self.hidden * (self.width + self.out))
-
 
 MLP = (
     MlpCase(
@@ -166,11 +148,6 @@ class LinearCase:
     width: int
     out: int
 
-    @property
-    def work(self) -> Work:
-        """One product; the weight is read once (2-byte elements)."""
-        return Work(2.0 * self.rows * self.width * self.out, 2.0 * self.width * self.out)
-
 
 LINEAR = (
     LinearCase("577x1024 -> 1024 (CLIP-L out)", 577, 1024, 1024),
@@ -187,11 +164,6 @@ class RotaryCase:
     name: str
     tokens: int
     head_dim: int
-
-    @property
-    def work(self) -> Work:
-        """q and k read and written once (2-byte elements)."""
-        return Work(6.0 * self.tokens * HEADS * self.head_dim, 8.0 * self.tokens * HEADS * self.head_dim)
 
 
 ROTARY = (RotaryCase("1024 d80 (Qwen2-VL)", 1024, 80), RotaryCase("4096 d64 (Pixtral)", 4096, 64))
@@ -235,7 +207,7 @@ class Row:
         higher: True if larger is better.
         low, high: bootstrap interval of the figure, where there is one.
         ms, spread: median time of our side in ms and its interquartile range over it.
-        gflops, share_of_peak: rate, and its share of G.
+        gflops, gbytes, share_of_peak: rates by the op's own cost function, and the first one's share of G.
         ratios: speed-up over each peer of the same run.
         backend: which of our backends ran.
         wrong: a wrong output: nothing was timed.
@@ -253,6 +225,7 @@ class Row:
     ms: float | None = None
     spread: float | None = None
     gflops: float | None = None
+    gbytes: float | None = None
     share_of_peak: float | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     backend: str = ""
@@ -275,6 +248,8 @@ class Row:
             self.ms, self.spread = timing.median * 1e3, timing.spread
             if work is not None and work.flops:
                 self.gflops = timing.gflops(work)
+            if work is not None and work.bytes:
+                self.gbytes = timing.gbytes(work)
         return self
 
     def as_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlmops.ops._shared.gemm_cpu import widened
 from vlmops.profiling import bars, bench_ops, bench_towers, overhead
 from vlmops.profiling.bars import Row
 from vlmops.profiling.peak import PEAK_WORK, peak_call
@@ -89,7 +90,7 @@ def table(rows: list[Row], title: str) -> Table:
         ("", ""),
     ):
         out.add_column(name, style=style or None, overflow="fold")
-    for name in ("ms", "GFLOP/s", "of G"):
+    for name in ("ms", "GFLOP/s", "GB/s", "of G"):
         out.add_column(name, justify="right", no_wrap=True)
     out.add_column("times as fast as / note", overflow="fold")
     before: Row | None = None
@@ -104,6 +105,7 @@ def table(rows: list[Row], title: str) -> Table:
             row.group, row.case, row.dtype, row.metric, _figure(row), _bar(row), verdict,
             "" if row.ms is None else f"{row.ms:.2f} ±{row.spread:.0%}",
             "" if row.gflops is None else f"{row.gflops:.0f}",
+            "" if row.gbytes is None else f"{row.gbytes:.1f}",
             "" if row.share_of_peak is None else f"{row.share_of_peak:.0%}", Text(notes),
         )  # fmt: skip
     return out
@@ -143,7 +145,8 @@ def show(rows: list[Row], peaks: dict[str, float], settings: Settings, console: 
     console.print(
         "G = "
         + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in peaks.items())
-        + " (packed oneDNN 1024 x 1024 x 4096)"
+        + " (packed oneDNN 1024 x 1024 x 4096"
+        + ("; bf16 through float32: this processor has no bf16 products)" if widened(torch.bfloat16) else ")")
     )
     console.print(table(rows, f"bars: medians of {settings.rounds} interleaved rounds, 95% bootstrap intervals"))
     console.print(

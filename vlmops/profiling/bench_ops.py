@@ -58,18 +58,18 @@ def attention_rows(settings: Settings) -> Iterator[Row]:
                 load = workloads.attention(case, dtype)
                 found = _timed(load, dtype, settings)
                 backend = backends_used(load.calls[OURS], "varlen_attention")
-                share = found.share(OURS, case.work, PEAK, PEAK_WORK)
+                share = found.share(OURS, load.work, PEAK, PEAK_WORK)
                 ratios = {case.peer: found.speedup(OURS, case.peer).value}
                 row = Row(
                     "varlen_attention", case.name, name, "share of G", None, case.share.get(name), backend=backend
                 )
-                row.add(share, found[OURS], case.work)
+                row.add(share, found[OURS], load.work)
                 row.share_of_peak, row.ratios = share.value, ratios
                 yield row
                 row = Row(
                     "varlen_attention", case.name, name, f"vs {case.peer}", None, case.ratio.get(name), backend=backend
                 )
-                yield _ratio_row(row, found, case.peer, case.work)
+                yield _ratio_row(row, found, case.peer, load.work)
 
             yield from _guarded(rows, "varlen_attention", case.name, name)
 
@@ -85,7 +85,7 @@ def patchify_rows(settings: Settings) -> Iterator[Row]:
                 found = _timed(load, dtype, settings)
                 row = Row("patchify", case.name, name, f"vs {case.peer}", None, case.ratio.get(name))
                 row.backend = backends_used(load.calls[OURS], "patchify")
-                yield _ratio_row(row, found, case.peer, case.work)
+                yield _ratio_row(row, found, case.peer, load.work)
 
             yield from _guarded(rows, "patchify", case.name, name)
 
@@ -102,6 +102,6 @@ def mlp_rows(settings: Settings) -> Iterator[Row]:
                 peer = next(other for other in load.calls if other != OURS)
                 row = Row("mlp", case.name, name, f"vs {peer}", None, case.ratio.get(name))
                 row.backend = backends_used(load.calls[OURS], "mlp")
-                yield _ratio_row(row, found, peer, case.work)
+                yield _ratio_row(row, found, peer, load.work)
 
             yield from _guarded(rows, "mlp", case.name, name)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmops.ops._shared.gemm_cpu import widened
 from vlmops.profiling.bars import PEAK_SHAPE, random_tensor
 from vlmops.profiling.timing import Work
 
@@ -17,22 +18,22 @@ __all__ = ["PEAK_WORK", "packed_linear", "packed_sequence", "peak_call"]
 PEAK_WORK = Work(2.0 * PEAK_SHAPE[0] * PEAK_SHAPE[1] * PEAK_SHAPE[2])
 
 
-def _packs(dtype: torch.dtype) -> bool:
-    if not (torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)):
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 def packed_linear(weight: Tensor, rows: int, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """x -> x W^T + b with W packed once by oneDNN; plain ``F.linear`` where oneDNN cannot.
+
+    A 16-bit type that oneDNN has no products of is packed as float32, the fastest there is: a peak of emulated products
+    would make every bar easy.
 
     Args:
         weight: [N, K].
         rows: rows x will have.
         bias: [N] or None.
     """
-    if not _packs(weight.dtype):
+    if not torch.backends.mkldnn.is_available() or weight.dtype == torch.float64:
         return lambda x: F.linear(x, weight, bias)
+    if widened(weight.dtype):
+        wide = packed_linear(weight.float(), rows, None if bias is None else bias.float())
+        return lambda x: wide(x.float()).to(weight.dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmops.profiling.tolerance import EPS
+
 __all__ = [
     "MIN_ROUNDS",
     "Comparison",
@@ -235,9 +237,6 @@ def compare(
 
 # -- right outputs -----------------------------------------------------------------------------------------------------
 
-#: Absolute floor of the comparison, in units of the oracle's largest value: a few units in the last place.
-FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-12}
-
 
 def agrees(name: str, peer: str, oracle: Tensor | None = None) -> Callable[[dict[str, Any]], None]:
     """A ``correct`` for ``compare``: max|name - oracle| <= 2 max|peer - oracle| + floor.
@@ -266,7 +265,7 @@ def agrees(name: str, peer: str, oracle: Tensor | None = None) -> Callable[[dict
         if oracle is None:
             bound = (1e-3 if out.dtype in (torch.float32, torch.float64) else 3e-2) * size
         else:
-            bound = 2 * error(theirs, truth) + FLOOR[out.dtype] * max(1.0, size)
+            bound = 2 * error(theirs, truth) + EPS[out.dtype] * max(1.0, size)
         if not mine <= bound:
             raise WrongOutputError(
                 f"{name}: largest error {mine:.3e} is above {bound:.3e} (peer {peer}, scale {size:.2e})"

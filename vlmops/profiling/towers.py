@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vlmops.profiling.bars import random_tensor
+from vlmops.profiling.roofline import attention_flops
 from vlmops.profiling.timing import Work
 
 __all__ = ["DEFAULT_LAYERS", "TOWERS", "Tower", "build", "reference", "shared_copy"]
@@ -72,7 +73,7 @@ def _finish(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _attention_work(lengths: list[int], heads: int, head_dim: int, layers: int) -> Work:
-    return Work(layers * heads * head_dim * sum(4.0 * s * s for s in lengths))
+    return Work(float(layers * attention_flops(lengths, heads, head_dim)))
 
 
 def _qwen2_vl(dtype: torch.dtype, layers: int, patches: int) -> Tower:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from vlmops.profiling.bars import (
     cu_seqlens,
     random_tensor,
 )
-from vlmops.profiling.timing import agrees
+from vlmops.profiling.roofline import work_of
+from vlmops.profiling.timing import Work, agrees
 
 __all__ = ["OURS", "Workload", "attention", "linear", "mlp", "patchify", "rotary"]
 
@@ -36,6 +38,11 @@ class Workload:
 
     calls: dict[str, Callable[[], Any]]
     correct: Callable[[dict[str, Any]], Any]
+
+    @cached_property
+    def work(self) -> Work:
+        """What one call has to compute and move, by the op's own cost function."""
+        return work_of(self.calls[OURS])
 
 
 def attention(case: AttentionCase, dtype: torch.dtype) -> Workload:
