@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # find, not git ls-files: a source archive has no .git, and a new file is checked before it is added
-CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp')
+CSRC = $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+# CUDA's compiler, where the machine has none: the kernels are compiled in the tests, for GPUs that need not be there
+CUDA_WHEELS := nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.* nvidia-cuda-runtime==13.0.*
 
 .PHONY: help demo test check bench budgets tiny-model test-asan format clean
 
@@ -17,6 +19,7 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet "torch>=2.10,<2.14"
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	@command -v nvcc >/dev/null || test -x /usr/local/cuda/bin/nvcc || $(BIN)/python -m pip install --quiet $(CUDA_WHEELS) || echo "no nvcc: the CUDA kernels are not compiled in the tests"
 	@touch $@
 
 demo: $(STAMP) ## a VLM answers about a picture, stock and patched, timed stage by stage
@@ -40,8 +43,9 @@ format: $(STAMP) ## rewrite everything to the house format
 bench: $(STAMP) ## every performance bar with its figure (quiet machine, please)
 	$(BIN)/vlmops bench
 
-budgets: $(STAMP) ## compile every Triton kernel for GPUs that need not be there, and write down what came out
+budgets: $(STAMP) ## compile every Triton and CUDA kernel for GPUs that need not be there, and write down what came out
 	$(BIN)/python scripts/triton_budget.py
+	$(BIN)/python scripts/cuda_budget.py
 
 tiny-model: $(STAMP) ## train the demo's embedded VLM again
 	$(BIN)/python scripts/train_tiny_model.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -195,6 +196,33 @@ def test_errors_say_what_is_wrong(tmp_path, llava):
         assert message in result.output, (options, result.output)
         assert "Traceback" not in result.output
     assert demo("--dtype", "int3").exit_code == 2
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_the_hub_is_asked_only_where_there_is_a_network(monkeypatch, tmp_path, network):
+    """Without one every file of a model would be tried six times: minutes until the error."""
+    from huggingface_hub import constants
+
+    def connect(*args, **kwargs):
+        if not network:
+            raise OSError("no network")
+        return contextlib.nullcontext()
+
+    seen = []
+
+    def processor(where):
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("Can't load it")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(loading.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(loading.socket, "create_connection", connect)
+    monkeypatch.setattr(loading, "load_processor", processor)
+    for where in ("nobody/no-such-model", str(tmp_path)):  # a folder needs no network
+        with pytest.raises(loading.DemoError, match="pass a local folder"):
+            loading.load(where, None, None, torch.float32)
+    assert seen == [not network, True]
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_a_missing_embedded_model_is_said(monkeypatch, tmp_path):

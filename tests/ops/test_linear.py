@@ -165,9 +165,23 @@ def test_without_a_compiler(monkeypatch, dtype):
     check_op(linear, make((9,)), everything(), backend="cpu", dtype=dtype, lowprec=plain)
 
 
-def test_float16_in_chunks(monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_widened_products_in_chunks(monkeypatch, dtype):
+    monkeypatch.setattr(gemm_cpu, "_has_bf16", lambda: False)
     monkeypatch.setattr(gemm_cpu, "HALF_ROWS", 4)
-    check_op(linear, make((9,)), everything(), backend="cpu", dtype=torch.float16, lowprec=plain)
+    check_op(linear, make((9,)), everything(), backend="cpu", dtype=dtype, lowprec=plain)
+
+
+def test_bfloat16_runs_in_float32_where_onednn_has_none(monkeypatch):
+    """As on a processor with AVX2 only: more exact than torch's own product, and packed once."""
+    monkeypatch.setattr(gemm_cpu, "_has_bf16", lambda: False)
+    assert gemm_cpu.widened(torch.bfloat16) and not gemm_cpu.widened(torch.float32)
+    x, w = torch.randn(33, 700).bfloat16(), torch.nn.Parameter(torch.randn(64, 700).bfloat16() / 26)
+    with torch.no_grad(), vlmops.use_backend("cpu"):
+        out = linear(x, w)
+    exact = x.double() @ w.detach().double().t()
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=2**-8)  # one rounding of each element
+    assert vlmops.packed_bytes(torch.nn.ParameterList([w])) == 4 * w.numel()
 
 
 @pytest.mark.skipif(not native.available(), reason="no native library")
@@ -225,12 +239,14 @@ def test_a_masked_row_is_zero_even_where_its_product_is_nan():
         assert out[0].isfinite().all()
 
 
-def test_nan_flows_through():
-    x, w, b = make()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_nan_flows_through(activation, dtype):
+    x, w, b = (t.to(dtype) for t in make())
     x[2, 3] = float("nan")
     for backend in ("reference", "torch", "cpu"):
         with vlmops.use_backend(backend), torch.no_grad():
-            out = linear(x, w, b, activation="quick_gelu")
+            out = linear(x, w, b, activation=activation)
         assert out[2].isnan().all()
         assert out[:2].isfinite().all()
         assert out[3:].isfinite().all()

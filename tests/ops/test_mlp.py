@@ -276,7 +276,25 @@ def test_equals_the_llava_projector():
     torch.testing.assert_close(out, projector(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_flows_through(activation, dtype):
+    x, w1, b1, w2, b2 = (t.to(dtype) for t in make((8,)))
+    x[2, 3] = float("nan")
+    for backend in ("reference", "torch", "cpu"):
+        with vlmops.use_backend(backend), torch.no_grad():
+            out = mlp(x, w1, b1, w2, b2, activation=activation)
+        assert out[2].isnan().all()
+        assert out[:2].isfinite().all() and out[3:].isfinite().all()
+
+
 BAD = {
+    "not a tensor": (dict(x=[1.0]), "x: expected a tensor"),
+    "scalar": (dict(x=torch.tensor(1.0)), r"x: expected \[..., C\]"),
+    "integer": (dict(x=torch.ones(5, 32, dtype=torch.int32)), "x: expected a floating-point"),
+    "rank": (dict(w1=torch.randn(32)), "w1: expected 2 dimensions"),
+    "device": (dict(b2=torch.randn(48, device="meta")), "b2: expected on cpu"),
+    "layer_scale": (dict(layer_scale=torch.randn(3)), "layer_scale: expected shape"),
     "w1": (dict(w1=torch.randn(64, 31)), "w1: expected"),
     "w2": (dict(w2=torch.randn(48, 63)), "w2: expected shape"),
     "b1": (dict(b1=torch.randn(63)), "b1: expected shape"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from vlmops.ops import layer_norm, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native build: {native.reason()}")
+ISAS = ["generic", "neon", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = ["torch", pytest.param("cpu", marks=needs_native)]
 
 
@@ -82,6 +87,29 @@ def test_layer_norm(case, backend, dtype):
 def test_random_shapes(backend, rows, cols, center, residual):
     args, named = make((rows, cols), bias=True if center else None, residual=residual)
     check_op(layer_norm if center else rms_norm, args, {**named, "eps": 1e-5}, backend=backend, dtype=torch.float32)
+
+
+def sweep():
+    """Both norms and their gradients around every vector length; run in a process of its own for each instruction set."""
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        for cols in (7, 16, 33, 130):
+            args, kwargs = make((9, cols), residual=True)
+            check_op(layer_norm, args, {**kwargs, "eps": 1e-5}, backend="cpu", dtype=dtype)
+            args, kwargs = make((9, cols), bias=None, residual=True)
+            check_op(rms_norm, args, {**kwargs, "eps": 1e-6, "offset": 1.0}, backend="cpu", dtype=dtype)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa):
+    if ISAS.index(isa) > ISAS.index(native.isa()) or ((isa == "neon") != (native.isa() == "neon") and isa != "generic"):
+        pytest.skip(f"not on this machine ({native.isa()})")
+    code = "from tests.ops.test_norms import native, sweep; sweep(); print(native.isa())"
+    env = {**os.environ, "VLMOPS_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
 
 
 def test_a_large_mean_loses_no_digits():

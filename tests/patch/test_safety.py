@@ -88,8 +88,9 @@ def test_bad_options(options, error):
 
 
 def test_not_a_module():
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
-        vlmops.patch_model("llava-hf/llava-1.5-7b-hf")
+    for call in (vlmops.patch_model, vlmops.unpatch_model):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
+            call("llava-hf/llava-1.5-7b-hf")
 
 
 def test_unsupported_transformers(monkeypatch):
@@ -98,6 +99,8 @@ def test_unsupported_transformers(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "6.0.0")
     with pytest.raises(RuntimeError, match=r"transformers >= 5\.19, < 6\.0; this is 6\.0\.0"):
         vlmops.patch_model(nn.Linear(2, 2))
+    monkeypatch.setenv("VLMOPS_DISABLE", "1")  # the way out
+    assert type(vlmops.patch_model(nn.Linear(2, 2))) is nn.Linear
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
@@ -128,10 +131,28 @@ def test_verify_undoes_what_differs(monkeypatch, now):
     monkeypatch.setattr(PatchedMLP, "fused", lambda self, x: fused(self, x) * (1.01 if x.dim() == 3 else 1.0))
     vlmops.patch_model(model, verify=inputs if now else True)
     torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=1e-4)
-    rows = [r for r in vlmops.patch_report(model).rows if r.cls == "CLIPMLP"]
-    # vision_feature_layer -2: the last layer runs, too
-    assert {r.status for r in rows} == {"undone"}
-    assert all("differs from the original" in r.why for r in rows)
+    for _ in range(2):
+        rows = [r for r in vlmops.patch_report(model).rows if r.cls == "CLIPMLP"]
+        # vision_feature_layer -2: the last layer runs, too
+        assert [r.status for r in rows] == ["undone"] * 3
+        assert all("differs from the original" in r.why for r in rows)
+        vlmops.patch_model(model)  # does not bring back what was found wrong
+        torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=1e-4)
+
+
+def test_the_report_knows_of_parts_unpatched_on_their_own():
+    model, _ = build("llava")
+    vlmops.patch_model(model)
+    paths = [r.module for r in vlmops.patch_report(model).rows]
+    vlmops.unpatch_model(model.model.vision_tower)
+    model.lm_head = nn.Linear(64, 320, bias=False)
+    status = {r.module: r.status for r in vlmops.patch_report(model).rows}
+    assert {s for path, s in status.items() if "vision_tower" in path or path == "lm_head"} == {"skipped"}
+    assert status["model.language_model.norm"] == "patched"
+    vlmops.patch_model(model)
+    rows = vlmops.patch_report(model).rows
+    assert sorted(r.module for r in rows) == sorted(paths), "one row a module"
+    assert {r.status for r in rows} == {"patched"}
 
 
 def test_subclassed_linears_are_left_alone():
@@ -216,6 +237,23 @@ def test_lora_before_and_after(first):
     torch.testing.assert_close(run(other, inputs), want, atol=2e-5, rtol=1e-4)
     vlmops.unpatch_model(other)
     torch.testing.assert_close(run(other, inputs), want, atol=2e-5, rtol=1e-4)
+
+
+def test_a_patch_embedding_that_transformers_has_fused_keeps_its_class():
+    """What ``from_pretrained(fusion_config=...)`` puts in: its linear is replaced, itself it is not."""
+    from transformers.fusion_mapping import PatchEmbeddingsFusionSpec
+
+    model, inputs = build("qwen2_vl")
+    tower = model.model.visual
+    fused = PatchEmbeddingsFusionSpec().make_fused_class(type(tower.patch_embed))
+    tower.patch_embed = fused(patch_size=14, temporal_patch_size=2, in_channels=3, embed_dim=64).eval()
+    want = run(model, inputs)
+    vlmops.patch_model(model)
+    assert type(tower.patch_embed) is fused
+    assert original_class(tower.patch_embed.linear_proj) is nn.Linear
+    torch.testing.assert_close(run(model, inputs), want, atol=2e-5, rtol=1e-4)
+    vlmops.unpatch_model(model)
+    assert torch.equal(run(model, inputs), want)
 
 
 def test_parametrized_and_meta_modules_are_left_alone():

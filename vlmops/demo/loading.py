@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +93,35 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _reachable() -> bool:
+    """Whether the hub's host answers within seconds; behind a proxy that is for the proxy to say."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlsplit(ENDPOINT)
+    try:
+        with socket.create_connection(
+            (url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout=5
+        ):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _hub(wanted: bool) -> Iterator[None]:
+    """Without the hub (not wanted, or no network) only folders and its cache: asking it would retry for minutes."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not (wanted and _reachable())
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
 def open_image(path: Path) -> Image.Image:
     """An RGB picture from a file.
 
@@ -164,7 +196,7 @@ def load(where: str, image: Path | None, prompt: str | None, dtype: torch.dtype)
     picture = None if image is None else open_image(image)
     if os.sep in where and not Path(where).exists() and (where.startswith((".", os.sep, "~")) or where.count("/") > 1):
         raise DemoError(f"--model: there is no folder {where}")
-    with _quiet():
+    with _quiet(), _hub(wanted=not Path(where).exists()):
         try:
             processor = load_processor(where)
             model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype)

@@ -37,6 +37,12 @@ def check_transformers() -> None:
         raise RuntimeError(f"vlmops patches transformers >= {low}, < {high}; this is {transformers.__version__}")
 
 
+def check_module(model: object) -> None:
+    """TypeError unless a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def wanted_ops(ops: str | Iterable[str]) -> set[str]:
     """The operations to patch; ValueError for a name that is none."""
     if ops == "all":
@@ -77,21 +83,22 @@ def patch_model(
 
     With ``VLMOPS_DISABLE=1`` nothing is changed and the report says so.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     names = wanted_ops(ops)
-    check_transformers()
     known = [row for row in patch_report(model).rows if row.status in ("patched", "undone")]
-    if os.environ.get("VLMOPS_DISABLE", "") not in ("", "0"):
+    if os.environ.get("VLMOPS_DISABLE", "") not in ("", "0"):  # before the version check: a way out of its error
         remember(model, PatchReport(rows=known, notes=["VLMOPS_DISABLE is set: nothing was changed"]))
         return model
+    check_transformers()
+    undone = {row.module for row in known if row.status == "undone"}  # and stays so until unpatch_model
     if not dry_run:
         _ask_again(model, names, backend, bool(verify))
     rows = [
         _replace(found, backend, bool(verify), dry_run)
         for found in progress("looking for slow parts", lambda: list(find(model, names)))
+        if found.path not in undone
     ]
     if skip_unused_layers:
         rows += _skip_layers(model, dry_run)
@@ -166,7 +173,11 @@ def unpatch_model(model: Model) -> Model:
 
     Returns:
         The same model object.
+
+    Raises:
+        TypeError: not a module.
     """
+    check_module(model)
     towers.restore_config(model)
     left = []
     for path, module in model.named_modules():

@@ -105,6 +105,8 @@ def patch_report(model: nn.Module) -> PatchReport:
         module = modules.get(row.module)
         record = module.__dict__.get(KEY) if module is not None else None
         if record is None:
+            if row.status == "patched":  # a part of the model was unpatched or replaced on its own
+                row.status, row.why = "skipped", "unpatched or replaced since"
             continue
         row.error = record.error
         if record.status != "patched":

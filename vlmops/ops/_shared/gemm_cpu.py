@@ -1,7 +1,8 @@
 """Matrix products on the CPU through oneDNN with packed weights, as torch's own compiler uses it.
 
-float32 and bfloat16 run in their own precision. float16 has no matrix instructions on most CPUs (torch falls to about
-a tenth of float32 speed): its weights are packed as float32, which is exact, and the result is rounded once.
+float32 runs in its own precision, bfloat16 too where oneDNN has it. float16 has no matrix instructions on most CPUs, and
+bfloat16 has none on those with AVX2 only (torch falls to a fifth of float32 speed or less): such weights are packed as
+float32, which is exact, and the result is rounded once.
 
 oneDNN can also add or multiply by a second matrix in the product, but that is 3 to 10% slower than one more pass over
 the product (measured, 1 thread, float32 and bfloat16), so ``finish`` is that pass.
@@ -18,17 +19,16 @@ from vlmops.backends import native
 from vlmops.ops._shared.activations import activate
 from vlmops.ops._shared.packing import STORE
 
-__all__ = ["chunks", "finish", "gemm", "product", "why_not_gemm"]
+__all__ = ["chunks", "finish", "gemm", "product", "why_not_gemm", "widened"]
 
 ROWS_HINT = 512  # one packed layout serves every row count (measured equal or better from 1 to 4096 rows)
 SMALLEST = 16  # a weight with a side under this is not worth a packed copy
-#: What oneDNN fuses into the product: name -> (attr, algorithm).
+#: What oneDNN fuses into the product: name -> (attr, algorithm). Not its relu, which makes 0 of NaN.
 FUSED = {
     "": ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "silu": ("swish", ""),
-    "relu": ("relu", ""),
 }
 
 native.define(
@@ -41,6 +41,11 @@ def _has_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def widened(dtype: torch.dtype) -> bool:
+    """Whether products of this dtype run in float32, on weights packed as float32."""
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and not _has_bf16())
+
+
 def why_not_gemm(x: Tensor, *weights: Tensor) -> str | None:
     """Why ``gemm`` cannot run; None if it can."""
     if x.device.type != "cpu":
@@ -49,8 +54,6 @@ def why_not_gemm(x: Tensor, *weights: Tensor) -> str | None:
         return f"{str(x.dtype)[6:]} (float32, bfloat16 and float16 only)"
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "torch has no oneDNN"
-    if x.dtype == torch.bfloat16 and not _has_bf16():
-        return "oneDNN has no bfloat16 on this CPU"
     if x.numel() == 0:
         return "no rows"
     for w in weights:
@@ -61,16 +64,14 @@ def why_not_gemm(x: Tensor, *weights: Tensor) -> str | None:
 
 def _pack(weight: Tensor) -> Tensor:
     weight = weight.flatten(1)  # a convolution whose kernel is its stride is a product, too
-    return torch.ops.mkldnn._reorder_linear_weight(
-        weight.float() if weight.dtype == torch.float16 else weight, ROWS_HINT
-    )
+    return torch.ops.mkldnn._reorder_linear_weight(weight.float() if widened(weight.dtype) else weight, ROWS_HINT)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     """act(x W^T + b) with a packed weight; no gradient.
 
     Args:
-        x: [rows, K] contiguous; float32 for a float16 weight.
+        x: [rows, K] contiguous in weight's dtype; float32 where that is ``widened``.
         weight: [N, K], or [N, ...] with K elements a row.
         bias: [N] in weight's dtype, or None.
         activation: one of ``FUSED``.
@@ -81,8 +82,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = ""
     packed = STORE.get(weight, "onednn", _pack)
     if packed is None:
         packed = weight.detach().flatten(1)
-    if weight.dtype == torch.float16:
-        packed = packed.float() if packed.dtype == torch.float16 else packed
+    if widened(weight.dtype):
+        packed = packed.float() if packed.dtype == weight.dtype else packed
         bias = None if bias is None else bias.float()
     attr, algorithm = FUSED[activation]
     return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, attr, [], algorithm)
@@ -97,11 +98,16 @@ def finish(
     Args:
         y: [rows, N] contiguous, overwritten.
         out: [rows, N] contiguous, float16 or bfloat16 where y is float32, else like y; may be y.
-        activation: "quick_gelu" or "".
+        activation: "quick_gelu", "relu" or "".
         scale: scalar or [N].
         row_mask: bool [rows].
         residual: [rows, N] in out's dtype.
     """
+    if activation == "relu":
+        torch.relu_(y)
+        activation = ""
+        if y is out and scale is None and row_mask is None and residual is None:
+            return out
     if native.available():
         torch.ops.vlmops_cpu.epilogue.default(y, out, activation == "quick_gelu", scale, row_mask, residual)
         return out
@@ -121,7 +127,7 @@ def chunks(rows: int, most: int) -> list[tuple[int, int]]:
     return [(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
-#: Rows of a float16 product at once: bounds its float32 copies.
+#: Rows of a widened product at once: bounds its float32 copies.
 HALF_ROWS = 1024
 
 
@@ -144,7 +150,7 @@ def gemm(
         [rows, N] in x's dtype.
     """
     fused, late = (activation, "") if activation in FUSED else ("", activation)
-    if x.dtype != torch.float16:
+    if not widened(x.dtype):
         y = product(x, weight, bias, fused)
         if late or residual is not None or scale is not None or row_mask is not None:
             finish(y, y, late, scale, row_mask, residual)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmops.ops._shared.gemm_cpu import FUSED, chunks, finish, product, why_not_gemm
+from vlmops.ops._shared.gemm_cpu import FUSED, chunks, finish, product, why_not_gemm, widened
 from vlmops.ops.mlp.layout import gather_rows
 from vlmops.ops.norms import cpu as norms
 
@@ -43,7 +42,7 @@ def normalise(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, 
 
 
 def mid_normalise(h: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The norm in the middle, whose parameters may be float16 beside float32 rows."""
+    """The norm in the middle, whose parameters may be of 16 bits beside float32 rows."""
     if kind == "":
         return h
     return normalise(
@@ -63,7 +62,7 @@ def forward(
     shape = (*rows.shape[:-1], n)
     rows = rows.reshape(-1, rows.shape[-1]).contiguous()
     rest = None if residual is None else residual.reshape(-1, n)
-    half = x.dtype == torch.float16
+    half = widened(x.dtype)
     width_bytes = hidden * (4 if half else x.element_size()) * (1 if w_gate is None else 2)
     parts = chunks(len(rows), max(LEAST_ROWS, CHUNK_BYTES // width_bytes))
     fused, late = (activation, "") if activation in FUSED else ("", activation)

@@ -2,7 +2,7 @@
 
 A still image is a video of one frame that its temporal patch repeats: every frame's weights meet the same pixels. Their
 sum meets them once, with half the work in the product. That is done where the product is in float32 (a sum of two
-float32 weights loses less than the product itself does); in bfloat16 the sum would have to be rounded, so it is not.
+float32 weights loses less than the product itself does); in a bfloat16 product the sum would have to be rounded, so it is not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmops.backends import native
-from vlmops.ops._shared.gemm_cpu import HALF_ROWS, ROWS_HINT, SMALLEST, chunks, finish, gemm, product, why_not_gemm
+from vlmops.ops._shared.gemm_cpu import (
+    HALF_ROWS,
+    ROWS_HINT,
+    SMALLEST,
+    chunks,
+    finish,
+    gemm,
+    product,
+    why_not_gemm,
+    widened,
+)
 from vlmops.ops._shared.packing import STORE
 from vlmops.ops.patchify.layout import gradients, patch_vectors, repeat_position
 
@@ -98,7 +108,7 @@ def _still_product(rows: Tensor, weight: Tensor, bias: Tensor | None, frames: in
 
 def _still(images: Tensor, sizes: Tensor | None, weight: Tensor, frames: int) -> bool:
     """Whether every image is one frame of a patch of several, and folding is exact enough and worth it."""
-    if frames == 1 or images.dim() == 2 or weight.dtype == torch.bfloat16:
+    if frames == 1 or images.dim() == 2 or not (weight.dtype == torch.float32 or widened(weight.dtype)):
         return False
     if math.prod(weight.shape[1:]) < SMALLEST * frames:
         return False
@@ -136,7 +146,7 @@ def forward(
     frames = 1 if still else temporal_patch_size
 
     def project(first: int, last: int) -> Tensor:
-        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+        dtype = torch.float32 if widened(weight.dtype) else weight.dtype
         rows = _rows(
             images, sizes, weight, mean, std, patch_size, frames, order, channels_last, dtype=dtype, first=first,
             last=last, channels=channels,
@@ -145,7 +155,7 @@ def forward(
             return _still_product(rows, weight, bias, temporal_patch_size, channels, channels_last)
         return product(rows, weight, bias)
 
-    if weight.dtype != torch.float16:
+    if not widened(weight.dtype):
         y = project(0, tokens)
         if position is not None:
             _add_position(y, position)
