@@ -192,3 +192,14 @@ def test_forcing_a_missing_backend_says_what_is_missing():
         varlen_attention(q, k, v, cu_q)
     with pytest.raises(ValueError, match="unknown backend"), vlmops.use_backend("fast"):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_whose_elements_lie_apart(dtype):
+    """torch's fused CPU kernel reads every row as if it were dense."""
+    q, k, v = (torch.randn(24, 2, 50).to(dtype).permute(2, 1, 0) for _ in range(3))
+    cu_seqlens = torch.tensor([0, 20, 50], dtype=torch.int32)
+    with vlmops.use_backend("torch"):
+        out = varlen_attention(q, k, v, cu_seqlens)
+        dense = varlen_attention(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens)
+    torch.testing.assert_close(out, dense)

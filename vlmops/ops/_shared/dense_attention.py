@@ -80,6 +80,8 @@ def batch_attention(
             if mask is None
             else torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))[None, None]
         )
+        # It reads rows as if they were dense: with another inner stride it computes garbage.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
         )
