@@ -51,4 +51,5 @@ def plans(op: str, arch: str, only: str | None = None) -> list[Plan]:
 
 def default_plans() -> list[Plan]:
     """Every op's declared kernels: what a library built ahead of time holds (``cuda_library.build_default``)."""
-    return [p for op in ops_with_kernels() for p in plans(op, "sm_80")]
+    found = {p.name: p for op in ops_with_kernels() for arch in cuda_runtime.TARGETS for p in plans(op, arch)}
+    return [p for p in found.values() if p.arch == "sm80"]
