@@ -93,7 +93,10 @@ def _choose(name: str | None, device: torch.device) -> tuple[ModuleType | None, 
             return None, "VLMOPS_CUDA_EXECUTOR=simt runs CPU tensors only"
         if torch.version.hip:
             return None, "an AMD GPU"
-        major, minor = torch.cuda.get_device_capability(device)
+        try:
+            major, minor = torch.cuda.get_device_capability(device)
+        except (AssertionError, RuntimeError) as err:  # fake tensors where there is no GPU; a torch without CUDA
+            return None, f"no GPU to ask: {str(err).strip().partition(chr(10))[0]}"
         if major * 10 + minor < LEAST_CAPABILITY:
             return None, f"a GPU of compute capability {major}.{minor} (8.0 or newer)"
     elif device.type != "cpu":
