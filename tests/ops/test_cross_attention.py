@@ -223,3 +223,11 @@ def test_bad_input(case, backend):
     args.update(change(args))
     with vlmops.use_backend(backend), pytest.raises((ValueError, TypeError), match=message):
         cross_attention(**args)
+
+
+def test_forcing_a_backend_it_does_not_have_says_which_it_has():
+    with (
+        vlmops.use_backend("cuda"),
+        pytest.raises(vlmops.backends.BackendError, match=r"no backend 'cuda'; it has .*triton"),
+    ):
+        cross_attention(*make([2], [3], grad=False))

@@ -186,10 +186,12 @@ def test_bad_input(case, backend):
         varlen_attention(**args)
 
 
-def test_forcing_a_missing_backend_says_what_is_missing():
+def test_forcing_a_backend_that_cannot_run_says_why():
     q, k, v, cu_q, _ = make([2], grad=False)
-    with vlmops.use_backend("cuda"), pytest.raises(vlmops.backends.BackendError, match="no backend 'cuda'"):
+    with vlmops.use_backend("cuda"), pytest.raises(vlmops.backends.BackendError, match="'cuda' cannot run .*float32"):
         varlen_attention(q, k, v, cu_q)
+    with vlmops.use_backend("cuda"), pytest.raises(vlmops.backends.BackendError, match="a tensor on the CPU needs"):
+        varlen_attention(*(torch.zeros(2, 1, 64, dtype=torch.bfloat16) for _ in range(3)), cu_q)
     with pytest.raises(ValueError, match="unknown backend"), vlmops.use_backend("fast"):
         pass
 
