@@ -188,7 +188,7 @@ def test_bad_input(case, backend):
 
 def test_forcing_a_backend_that_cannot_run_says_why():
     q, k, v, cu_q, _ = make([2], grad=False)
-    with vlmops.use_backend("cuda"), pytest.raises(vlmops.backends.BackendError, match="'cuda' cannot run .*float32"):
+    with vlmops.use_backend("cuda"), pytest.raises(vlmops.backends.BackendError, match=r"'cuda' cannot run .*float32"):
         varlen_attention(q, k, v, cu_q)
     with vlmops.use_backend("cuda"), pytest.raises(vlmops.backends.BackendError, match="a tensor on the CPU needs"):
         varlen_attention(*(torch.zeros(2, 1, 64, dtype=torch.bfloat16) for _ in range(3)), cu_q)
