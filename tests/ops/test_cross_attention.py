@@ -9,14 +9,11 @@ from hypothesis import strategies as st
 
 import vlmops
 from tests.support.ops import check_op, opcheck
+from tests.support.packed_attention import cu
 from vlmops.ops import cross_attention
 from vlmops.ops.cross_attention import composition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def cu(lengths):
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def index(*values):

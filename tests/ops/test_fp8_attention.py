@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import vlmops
 from tests.support import triton_interpreter
 from tests.support.ops import check_op, opcheck
+from tests.support.packed_attention import cu
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import TARGETS
 from vlmops.ops import fp8_attention, varlen_attention
@@ -25,10 +26,6 @@ except ImportError:  # everything but the kernels is still tested
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_triton = pytest.mark.skipif(len(BACKENDS) == 1, reason="triton is not installed")
-
-
-def cu(lengths):
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def make(lengths_q, lengths_k=None, heads=2, kv_heads=2, dim=16):

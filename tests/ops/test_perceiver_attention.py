@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 
 import vlmops
 from tests.support.ops import check_op, opcheck
+from tests.support.packed_attention import cu
 from tests.support.tolerance import assert_close_to_oracle
 from vlmops.ops import perceiver_attention
 from vlmops.ops._shared import dense_attention as dense
 from vlmops.ops.perceiver_attention import composition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def cu(lengths):
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def make(lengths, num_latents, heads=2, kv_heads=2, dim=8, latents=True, grad=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmops
+from tests.support import packed_attention
 from tests.support.ops import check_op, opcheck
 from vlmops.ops import varlen_attention
 from vlmops.ops.varlen_attention.composition import packed_dense
@@ -15,15 +18,7 @@ from vlmops.ops.varlen_attention.composition import packed_dense
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def cu(lengths):
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def make(lengths_q, lengths_k=None, heads=2, kv_heads=2, dim=8, grad=True):
-    lengths_k = lengths_q if lengths_k is None else lengths_k
-    q = torch.randn(sum(lengths_q), heads, dim, requires_grad=grad)
-    k, v = (torch.randn(sum(lengths_k), kv_heads, dim, requires_grad=grad) for _ in range(2))
-    return q, k, v, cu(lengths_q), cu(lengths_k)
+make = functools.partial(packed_attention.make, dim=8)
 
 
 CASES = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import vlmops
 from tests.support.ops import check_op, to_dtype
+from tests.support.packed_attention import cu, prefix
 from tests.support.tolerance import assert_close_to_oracle
 from vlmops.backends import native
 from vlmops.ops import varlen_attention
@@ -23,10 +24,6 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="no native librar
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEAD_DIMS = [1, 5, 16, 34, 64, 72, 80, 88, 96, 128, 256, 512]
 ISAS = ["generic", "neon", "avx2", "avx512", "avx512_bf16"]
-
-
-def cu(lengths):
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def make(lengths_q, lengths_k=None, heads=2, kv_heads=2, dim=64, spread=1.0):
@@ -43,10 +40,6 @@ def check(args, dtype=torch.float32, **options):
 def cpu(*args, **options):
     with vlmops.use_backend("cpu"):
         return varlen_attention(*args, **options)
-
-
-def prefix(*lengths):
-    return torch.tensor(lengths, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
