@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_cu_seqlens", "check_dtype", "check_floating", "check_same_device", "check_shape", "check_tensor"]
+__all__ = [
+    "check_cu_seqlens",
+    "check_dtype",
+    "check_floating",
+    "check_heads",
+    "check_key_cu_seqlens",
+    "check_same_device",
+    "check_shape",
+    "check_tensor",
+]
 
 
 def describe(x: object) -> str:
@@ -48,6 +57,45 @@ def check_shape(name: str, x: Tensor, shape: Sequence[int | None], layout: str =
     ):
         words = layout or str([("?" if s is None else s) for s in shape])
         raise ValueError(f"{name}: expected shape {words}, got {describe(x)}")
+
+
+def check_heads(
+    q: Tensor, k: Tensor, v: Tensor, *, key: str = "k", value: str = "v", queries: str = "Tq", keys: str = "Tk"
+) -> None:
+    """The q, k and v of every packed attention: [Tq, Hq, D] and twice [Tk, Hkv, D], D >= 1, Hq a multiple of Hkv.
+
+    Args:
+        q, k, v: the arguments.
+        key, value: what the op calls k and v.
+        queries, keys: what it calls their numbers of tokens.
+    """
+    layout = f"[{keys}, Hkv, D]"
+    check_tensor("q", q, dim=3, layout=f"[{queries}, Hq, D]")
+    check_tensor(key, k, dim=3, layout=layout)
+    check_tensor(value, v, dim=3, layout=layout)
+    check_floating("q", q)
+    (_, heads, d), (tokens, kv_heads, _) = q.shape, k.shape
+    if d == 0:
+        raise ValueError(f"q: expected head_dim >= 1, got {describe(q)}")
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"{key}: expected a number of heads that divides q's {heads}, got {describe(k)}")
+    check_shape(key, k, (tokens, kv_heads, d), f"[{keys}, Hkv, {d}] with q's head_dim")
+    check_shape(value, v, (tokens, kv_heads, d), f"{list(k.shape)} like {key}")
+    for name, x in ((key, k), (value, v)):
+        check_dtype(name, x, q.dtype, "q")
+        check_same_device(name, x, q.device, "q")
+
+
+def check_key_cu_seqlens(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> Tensor:
+    """The cu_seqlens of the keys, checked against that of the queries, which None stands for; both are checked."""
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
+    if cu_seqlens_k is None:
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(f"cu_seqlens_k: needed where k has {k.shape[0]} tokens and q {q.shape[0]}")
+        return cu_seqlens_q
+    check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
+    check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, f"{list(cu_seqlens_q.shape)} like cu_seqlens_q")
+    return cu_seqlens_k
 
 
 def check_cu_seqlens(name: str, cu: Tensor, device: torch.device) -> None:

@@ -69,20 +69,8 @@ def cross_attention(
     Source: Flamingo (Alayrac et al. 2022), where text before the first image sees nothing; Idefics; Mllama, whose rows
     without an image see every key, which is the range [first, last] here.
     """
-    checks.check_tensor("q", q, dim=3, layout="[Tq, Hq, D]")
-    checks.check_tensor("k", k, dim=3, layout="[Tk, Hkv, D]")
-    checks.check_tensor("v", v, dim=3, layout="[Tk, Hkv, D]")
-    checks.check_floating("q", q)
-    (tq, hq, d), (tk, hkv, _) = q.shape, k.shape
-    if d == 0:
-        raise ValueError(f"q: expected head_dim >= 1, got {checks.describe(q)}")
-    if hkv == 0 or hq % hkv != 0:
-        raise ValueError(f"k: expected a number of heads that divides q's {hq}, got {checks.describe(k)}")
-    checks.check_shape("k", k, (tk, hkv, d), f"[Tk, Hkv, {d}] with q's head_dim")
-    checks.check_shape("v", v, (tk, hkv, d), f"{list(k.shape)} like k")
-    for name, x in (("k", k), ("v", v)):
-        checks.check_dtype(name, x, q.dtype, "q")
-        checks.check_same_device(name, x, q.device, "q")
+    checks.check_heads(q, k, v)
+    tq, _, d = q.shape
     checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
     checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
     if media_index is None:

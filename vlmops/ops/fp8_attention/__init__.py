@@ -80,36 +80,14 @@ def fp8_attention(
 
     Source: FlashAttention-3's fp8 forward (Shah et al. 2024), with a scale a head and the weights' scale of 256.
     """
-    checks.check_tensor("q", q, dim=3, layout="[Tq, Hq, D]")
-    checks.check_tensor("k", k, dim=3, layout="[Tk, Hkv, D]")
-    checks.check_tensor("v", v, dim=3, layout="[Tk, Hkv, D]")
-    checks.check_floating("q", q)
-    (tq, hq, d), (tk, hkv, _) = q.shape, k.shape
-    if d == 0:
-        raise ValueError(f"q: expected head_dim >= 1, got {checks.describe(q)}")
-    if hkv == 0 or hq % hkv != 0:
-        raise ValueError(f"k: expected a number of heads that divides q's {hq}, got {checks.describe(k)}")
-    checks.check_shape("k", k, (tk, hkv, d), f"[Tk, Hkv, {d}] with q's head_dim")
-    checks.check_shape("v", v, (tk, hkv, d), f"{list(k.shape)} like k")
-    for name, x in (("k", k), ("v", v)):
-        checks.check_dtype(name, x, q.dtype, "q")
-        checks.check_same_device(name, x, q.device, "q")
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
-    if cu_seqlens_k is None:
-        if tk != tq:
-            raise ValueError(f"cu_seqlens_k: needed where k has {tk} tokens and q {tq}")
-        cu_seqlens_k = cu_seqlens_q
-    else:
-        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-        checks.check_shape(
-            "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, f"{list(cu_seqlens_q.shape)} like cu_seqlens_q"
-        )
+    checks.check_heads(q, k, v)
+    cu_seqlens_k = checks.check_key_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(f"{name}: {NO_GRADIENT} call it under torch.no_grad(), or varlen_attention")
     left, right = check_window(window)
     out, lse = OP(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or -1, max_seqlen_k or -1,
-        d**-0.5 if scale is None else float(scale), causal, left, right,
+        q.shape[2] ** -0.5 if scale is None else float(scale), causal, left, right,
     )  # fmt: skip
     return (out, lse) if return_lse else out

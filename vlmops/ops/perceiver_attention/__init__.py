@@ -65,19 +65,10 @@ def perceiver_attention(
     Source: Perceiver (Jaegle et al. 2021); Flamingo's resampler (Alayrac et al. 2022), with keys [context; latents];
     Idefics2's, with grouped queries.
     """
-    checks.check_tensor("q", q, dim=3, layout="[n * num_latents, Hq, D]")
-    checks.check_tensor("k_context", k_context, dim=3, layout="[Tc, Hkv, D]")
-    checks.check_tensor("v_context", v_context, dim=3, layout="[Tc, Hkv, D]")
-    checks.check_floating("q", q)
-    (tq, hq, d), (tc, hkv, _) = q.shape, k_context.shape
-    if d == 0:
-        raise ValueError(f"q: expected head_dim >= 1, got {checks.describe(q)}")
-    if hkv == 0 or hq % hkv != 0:
-        raise ValueError(
-            f"k_context: expected a number of heads that divides q's {hq}, got {checks.describe(k_context)}"
-        )
-    checks.check_shape("k_context", k_context, (tc, hkv, d), f"[Tc, Hkv, {d}] with q's head_dim")
-    checks.check_shape("v_context", v_context, (tc, hkv, d), f"{list(k_context.shape)} like k_context")
+    checks.check_heads(
+        q, k_context, v_context, key="k_context", value="v_context", queries="n * num_latents", keys="Tc"
+    )
+    (tq, hq, d), hkv = q.shape, k_context.shape[1]
     checks.check_cu_seqlens("cu_seqlens_context", cu_seqlens_context, q.device)
     n = cu_seqlens_context.shape[0] - 1
     if num_latents < 1:
@@ -85,15 +76,12 @@ def perceiver_attention(
     checks.check_shape("q", q, (n * num_latents, hq, d), f"[{n} items * {num_latents} latents, Hq, D]")
     if (k_latent is None) != (v_latent is None):
         raise ValueError("v_latent: expected a tensor exactly where k_latent is one")
-    keys = [("k_context", k_context), ("v_context", v_context)]
     if k_latent is not None and v_latent is not None:
         for name, x in (("k_latent", k_latent), ("v_latent", v_latent)):
             checks.check_tensor(name, x, dim=3, layout="[n * num_latents, Hkv, D]")
             checks.check_shape(name, x, (tq, hkv, d))
-            keys.append((name, x))
-    for name, x in keys:
-        checks.check_dtype(name, x, q.dtype, "q")
-        checks.check_same_device(name, x, q.device, "q")
+            checks.check_dtype(name, x, q.dtype, "q")
+            checks.check_same_device(name, x, q.device, "q")
     scale = d**-0.5 if scale is None else float(scale)
     out, _ = OP(q, k_context, v_context, k_latent, v_latent, cu_seqlens_context, int(num_latents), scale)
     return out

@@ -82,30 +82,9 @@ def varlen_attention(
 
     Source: FlashAttention-2's varlen interface; masks as in PyTorch's flex_attention; rotary as in transformers.
     """
-    checks.check_tensor("q", q, dim=3, layout="[Tq, Hq, D]")
-    checks.check_tensor("k", k, dim=3, layout="[Tk, Hkv, D]")
-    checks.check_tensor("v", v, dim=3, layout="[Tk, Hkv, D]")
-    checks.check_floating("q", q)
-    (tq, hq, d), (tk, hkv, _) = q.shape, k.shape
-    if d == 0:
-        raise ValueError(f"q: expected head_dim >= 1, got {checks.describe(q)}")
-    if hkv == 0 or hq % hkv != 0:
-        raise ValueError(f"k: expected a number of heads that divides q's {hq}, got {checks.describe(k)}")
-    checks.check_shape("k", k, (tk, hkv, d), f"[Tk, Hkv, {d}] with q's head_dim")
-    checks.check_shape("v", v, (tk, hkv, d), f"{list(k.shape)} like k")
-    for name, x in (("k", k), ("v", v)):
-        checks.check_dtype(name, x, q.dtype, "q")
-        checks.check_same_device(name, x, q.device, "q")
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device)
-    if cu_seqlens_k is None:
-        if tk != tq:
-            raise ValueError(f"cu_seqlens_k: needed where k has {tk} tokens and q {tq}")
-        cu_seqlens_k = cu_seqlens_q
-    else:
-        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device)
-        checks.check_shape(
-            "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape, f"{list(cu_seqlens_q.shape)} like cu_seqlens_q"
-        )
+    checks.check_heads(q, k, v)
+    (tq, _, d), tk = q.shape, k.shape[0]
+    cu_seqlens_k = checks.check_key_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k)
     if prefix_lens is not None:
         checks.check_shape("prefix_lens", prefix_lens, (cu_seqlens_q.shape[0] - 1,), "[n], one a sequence")
         checks.check_same_device("prefix_lens", prefix_lens, q.device, "q")
