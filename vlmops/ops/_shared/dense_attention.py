@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmops.ops._shared.masks import safe_softmax
+from vlmops.ops._shared.strides import dense_rows
 
 CHUNK_BYTES = 1 << 28  # scores held at once by the chunked paths
 
@@ -81,7 +82,7 @@ def batch_attention(
             else torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))[None, None]
         )
         # It reads rows as if they were dense: with another inner stride it computes garbage.
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
         )

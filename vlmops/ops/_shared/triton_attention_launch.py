@@ -17,7 +17,6 @@ from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 __all__ = [
     "backward_configs",
     "chunk_meta",
-    "dense_heads",
     "forward_configs",
     "row_sums",
     "strides",
@@ -30,11 +29,6 @@ def why_not_attention(q: Tensor) -> str | None:
     if q.shape[2] > MAX_HEAD_DIM:
         return f"head_dim {q.shape[2]} (at most {MAX_HEAD_DIM})"
     return triton_runtime.why_not(q)
-
-
-def dense_heads(x: Tensor) -> Tensor:
-    """x with unit stride inside a head (any token and head strides)."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def chunk_meta(dim: int) -> dict[str, Any]:

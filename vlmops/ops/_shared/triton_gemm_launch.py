@@ -12,10 +12,11 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config, Target
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_gemm import few_rows_kernel, gemm_kernel
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 
-__all__ = ["Epilogue", "Gathered", "Product", "columns_dense", "flatten", "gather_rows", "gemm", "why_not_gemm"]
+__all__ = ["Epilogue", "Gathered", "Product", "flatten", "gather_rows", "gemm", "why_not_gemm"]
 
 FEW = 4  # rows up to which the weight is streamed past sums instead of tensor cores
 
@@ -74,18 +75,13 @@ def flatten(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def columns_dense(x: Tensor) -> Tensor:
-    """x with unit stride inside a row."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def gather_rows(x: Tensor, kind: str, height: int, width: int) -> Tensor | Gathered:
     """[M, K] of an mlp's x [..., C]: a view, or a description of where the rows lie. Never a copy of dense rows."""
     if kind == "":
         return flatten(x)
     if kind == "merge2x2" and x.is_contiguous():
         return x.view(x.shape[0] // 4, 4 * x.shape[1])
-    return Gathered(columns_dense(x), kind, height, width)
+    return Gathered(dense_rows(x), kind, height, width)
 
 
 def _layout(x: Tensor) -> tuple[Tensor, bool, int]:
@@ -274,7 +270,7 @@ def gemm(
     target = out.source if isinstance(out, Gathered) else out
     if p.m == 0 or p.n == 0:
         return target
-    residual = None if e.residual is None else columns_dense(e.residual)
+    residual = None if e.residual is None else dense_rows(e.residual)
     mask = None if e.row_mask is None else e.row_mask.contiguous().view(torch.uint8)
     bias, bias_gate, gate, scale = (t if t is None else t.contiguous() for t in (e.bias, e.bias_gate, e.gate, e.scale))
     tensors = [target if t is None else t for t in (bias, bias_gate, gate, mask, scale, residual)]

@@ -11,11 +11,11 @@ from torch import Tensor
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
 from vlmops.ops._shared.checks import cu_seqlens_list
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_attention import LOG2E
 from vlmops.ops._shared.triton_attention_launch import (
     backward_configs,
     chunk_meta,
-    dense_heads,
     forward_configs,
     row_sums,
     strides,
@@ -70,7 +70,7 @@ def forward(
         cu_seqlens_list("cu_seqlens_k", cu_seqlens_k, tk)
         check_media_index(media_index, cu_seqlens_k.shape[0] - 1)
     begin, end = _runs(media_index, cu_seqlens_k)
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = q.new_empty(tq, heads, dim)
     lse = torch.empty(heads, tq, dtype=torch.float32, device=q.device)
     unit, steps = strides(q, k, v)
@@ -97,8 +97,8 @@ def backward(
         return packed.backward(grads, outs, packed_args, needs)
     out, lse = outs
     (tq, heads, dim), (tk, kv_heads, _) = q.shape, k.shape
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
-    grad_out = torch.zeros_like(out) if grads[0] is None else dense_heads(grads[0])
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    grad_out = torch.zeros_like(out) if grads[0] is None else dense_rows(grads[0])
     delta = row_sums(out, grad_out, grads[1])
     begin, end = _runs(media_index, cu_k)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))

@@ -15,8 +15,9 @@ from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
 from vlmops.ops._shared import triton_float8
 from vlmops.ops._shared.checks import cu_seqlens_list
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_attention import LOG2E, chunks
-from vlmops.ops._shared.triton_attention_launch import dense_heads, strides, why_not_attention
+from vlmops.ops._shared.triton_attention_launch import strides, why_not_attention
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops._shared.triton_schedule import tile_slots
 from vlmops.ops.fp8_attention.triton_kernels import (
@@ -121,7 +122,7 @@ def _head_meta(x: Tensor, first: int, second: int) -> dict[str, Any]:
 
 def round_heads(x: Tensor, first: int, second: int, native: bool) -> tuple[Tensor, Tensor]:
     """x [T, H, D] in e4m3 as [H, T, first + second], and float32 [H], a power of two a head."""
-    x = dense_heads(x)
+    x = dense_rows(x)
     tokens, heads, _ = x.shape
     out = x.new_empty(heads, tokens, first + second, dtype=_dtype(native))
     scale = x.new_ones(heads, dtype=torch.float32) if tokens == 0 else x.new_empty(heads, dtype=torch.float32)
@@ -142,7 +143,7 @@ def turn_heads(
 
     Sequence i begins at column 16 (cu_seqlens[i] // 16 + i), and T' is 16 (T // 16 + n).
     """
-    x = dense_heads(x)
+    x = dense_rows(x)
     tokens, heads, _ = x.shape
     blocks = tokens // 16 + cu_seqlens.shape[0] - 1
     out = x.new_empty(heads, first + second, 16 * blocks, dtype=_dtype(native))

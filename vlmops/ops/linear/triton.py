@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_gemm_launch import (
     Epilogue,
     Gathered,
     Product,
-    columns_dense,
     flatten,
     gemm,
     why_not_gemm,
@@ -54,7 +54,7 @@ def backward(
     found[4] = grad.clone() if need_residual else None  # an op may not return its own argument
     if not any(needs[:4]):
         return found
-    rows, flat = flatten(x), columns_dense(flatten(grad))
+    rows, flat = flatten(x), dense_rows(flatten(grad))
     kind = "" if gate is None else "scalar" if gate.numel() == 1 else "vector"
     opened = None if gate is None else torch.tanh(gate.float())
     mask = None if row_mask is None else row_mask.reshape(-1).view(torch.uint8)
@@ -126,7 +126,7 @@ def weight_gradient(
     if factor is None:
         return gemm(grad.t(), columns), None
     p = Product(grad.t(), columns)
-    weight, factor = columns_dense(weight), factor.contiguous()
+    weight, factor = dense_rows(weight), factor.contiguous()
     out = grad.new_empty((p.m, p.n) if need_weight else 0)
 
     def run(config: Config) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops.linear_cross_entropy.triton_kernels import (
     combine_kernel,
@@ -88,7 +89,7 @@ class _Problem:
         softcap: float, label_smoothing: float, z_loss: float, grad: Tensor | None,
     ) -> None:  # fmt: skip
         """``grad``: d loss / d result: None for 1, a number, or [T] for "none"."""
-        self.hidden, self.weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+        self.hidden, self.weight = dense_rows(hidden), dense_rows(weight)
         self.bias = None if bias is None else bias.contiguous()
         self.targets = targets.contiguous()
         self.softcap, self.smoothing, self.z_loss = softcap, label_smoothing, z_loss

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import Out, Plan, i32, i64, vector
+from vlmops.ops._shared.strides import dense_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # rows are copied as they are
 IDS = {
@@ -32,7 +33,7 @@ def forward(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor, im
     """[T, C], contiguous."""
     plans, taken, _ = number_plans(input_ids, image_features.shape[0], image_token_id)
     out = torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
-    plans.append(select_plan(taken, _rows(image_features), _rows(inputs_embeds), out))
+    plans.append(select_plan(taken, dense_rows(image_features), dense_rows(inputs_embeds), out))
     cuda_runtime.run(plans)
     return out
 
@@ -45,7 +46,7 @@ def backward(
     (grad,) = grads
     if grad is None:
         return [None, None]
-    grad, features = _rows(grad), image_features.shape[0]
+    grad, features = dense_rows(grad), image_features.shape[0]
     plans, taken, places = number_plans(input_ids, features, image_token_id)
     found: list[Tensor | None] = [None, None]
     if needs[0]:
@@ -56,10 +57,6 @@ def backward(
         plans.append(select_plan(places, grad, None, rows))
     cuda_runtime.run(plans)
     return found
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def number_plans(input_ids: Tensor, features: int, image_token_id: int) -> tuple[list[Plan], Tensor, Tensor]:

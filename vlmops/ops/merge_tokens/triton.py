@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops.merge_tokens.triton_kernels import number_kernel, select_rows_kernel
 
@@ -40,7 +41,7 @@ def _select(pick: Tensor, a: Tensor | None, b: Tensor | None, like: Tensor) -> T
     """[len(pick), C]: rows of a by number, rows of b (zeros without it) where that is negative."""
     rows, width = pick.shape[0], like.shape[1]
     out = like.new_empty(rows, width)
-    a, b = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (a, b))
+    a, b = (None if x is None else dense_rows(x) for x in (a, b))
 
     def run(config: Config) -> None:
         triton_runtime.launch(

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_gemm_launch import (
     Epilogue,
     Gathered,
     Product,
-    columns_dense,
     flatten,
     gather_rows,
     gemm,
@@ -93,7 +93,7 @@ def backward(
     assert grad is not None
     found: list[Tensor | None] = [None] * len(needs)
     found[7] = grad.clone() if need_residual else None  # an op may not return its own argument
-    flat = columns_dense(flatten(grad))
+    flat = dense_rows(flatten(grad))
     before = need_x or need_nw or need_nb  # whether anything in front of the first product wants a gradient
     inside = before or need_w1 or need_b1 or need_wg or need_bg
     through = inside or need_mw or need_mb
@@ -201,7 +201,7 @@ class Hidden:
     def differentiate(self, grad: Tensor) -> None:
         """From the gradient of h in memory."""
         self._allocate()
-        self._add(self._pass(columns_dense(grad), None))
+        self._add(self._pass(dense_rows(grad), None))
 
     def _pass(self, grad: Tensor | None, h: Tensor | None) -> list[Tensor]:
         (m, n), first = self.first.shape, self.first

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import CTYPE, Out, Plan, f32, i32, i64, vector
+from vlmops.ops._shared.strides import dense_rows
 
 MAX_WIDTH = 16384  # a row lives in registers; no model's hidden size is longer
 WARP = 32
@@ -33,10 +34,6 @@ def supports(
     if any(p is not None and p.dtype == torch.float64 for p in (weight, bias)):
         return "a float64 weight or bias"
     return cuda_runtime.why_not(x)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _parameters(
@@ -70,8 +67,8 @@ def forward(
     """normed [T, C], and x + residual (empty without one)."""
     round_first = not center and offset == 0.0
     dtype = torch.promote_types(weight.dtype, x.dtype) if round_first and weight is not None else x.dtype
-    x = _rows(x)
-    residual = None if residual is None else _rows(residual)
+    x = dense_rows(x)
+    residual = None if residual is None else dense_rows(residual)
     out = x.new_empty(x.shape, dtype=dtype)
     total = x.new_empty(0 if residual is None else x.shape)
     cuda_runtime.run([forward_plan(x, residual, weight, bias, out, total, eps, offset, center, round_first)])
@@ -106,13 +103,13 @@ def backward(
     grad_out, grad_total = grads
     if grad_out is None:
         return [grad_total if needs[0] else None, None, None]
-    h = _rows(x if residual is None else outs[0])
-    grad_total = None if residual is None or grad_total is None else _rows(grad_total)
+    h = dense_rows(x if residual is None else outs[0])
+    grad_total = None if residual is None or grad_total is None else dense_rows(grad_total)
     found: list[Tensor | None] = [h.new_empty(h.shape) if needs[0] else None, None, None]
     for i, p in ((1, weight), (2, bias)):
         if needs[i]:
             found[i] = p.new_empty(p.shape)
-    cuda_runtime.run(backward_plans(_rows(grad_out), grad_total, h, weight, found, eps, offset, center))
+    cuda_runtime.run(backward_plans(dense_rows(grad_out), grad_total, h, weight, found, eps, offset, center))
     return found
 
 

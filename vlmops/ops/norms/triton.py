@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops.norms.triton_kernels import column_sum_kernel, norm_backward_kernel, norm_forward_kernel
 
@@ -46,10 +47,6 @@ def _configs(x: Tensor, accumulators: int) -> list[Config]:
     return found
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -63,8 +60,8 @@ def forward(
     rows, width = x.shape
     round_first = not center and offset == 0.0
     dtype = torch.promote_types(weight.dtype, x.dtype) if round_first and weight is not None else x.dtype
-    x = _rows(x)
-    residual = None if residual is None else _rows(residual)
+    x = dense_rows(x)
+    residual = None if residual is None else dense_rows(residual)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     out = x.new_empty(x.shape, dtype=dtype)
@@ -92,9 +89,9 @@ def backward(
     grad_out, grad_total = grads
     if grad_out is None:
         return [grad_total if needs[0] else None, None, None]
-    h = _rows(x if residual is None else outs[0])
-    grad_out = _rows(grad_out)
-    grad_total = None if residual is None or grad_total is None else _rows(grad_total)
+    h = dense_rows(x if residual is None else outs[0])
+    grad_out = dense_rows(grad_out)
+    grad_total = None if residual is None or grad_total is None else dense_rows(grad_total)
     weight = None if weight is None else weight.contiguous()
     rows, width = h.shape
     dx = h.new_empty(h.shape if needs[0] else 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops.patchify.triton_kernels import (
     patchify_forward_kernel,
@@ -31,11 +32,6 @@ def supports(
     if reason is None and images.dtype != torch.uint8:
         reason = triton_runtime.why_not(images)
     return reason
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x with rows that lie together."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _pixels(images: Tensor, sizes: Tensor | None, weight: Tensor, options: Sequence[Any]) -> Pixels:
@@ -83,7 +79,7 @@ def forward(
     normalise = raw or bool(mean) or bool(std)
     stats = statistics(mean, std, p.meta["C"], raw, weight.device) if normalise else out
     bias = None if bias is None else bias.contiguous()
-    position = None if position is None else _dense(position)
+    position = None if position is None else dense_rows(position)
     each, p_stride = (1, 0) if position is None else (position.shape[0], position.stride(0))
 
     def run(config: Config) -> None:
@@ -118,7 +114,7 @@ def backward(
     (grad,) = grads
     if grad is None or tokens == 0 or weight.shape[0] == 0:
         return [None] * 4
-    grad = _dense(grad)
+    grad = dense_rows(grad)
     found: list[Tensor | None] = [None] * 4
     if needs[0]:
         found[0] = _images_gradient(grad, images, sizes, weight, std, options)

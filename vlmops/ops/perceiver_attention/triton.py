@@ -11,11 +11,11 @@ from torch import Tensor
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
 from vlmops.ops._shared.checks import cu_seqlens_list
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_attention import LOG2E
 from vlmops.ops._shared.triton_attention_launch import (
     backward_configs,
     chunk_meta,
-    dense_heads,
     forward_configs,
     row_sums,
     strides,
@@ -57,7 +57,7 @@ def forward(
             -1, None, 0.0, None, None, None, None, False,
         )  # fmt: skip
     (tq, heads, dim), (tk, kv_heads, _) = q.shape, k_context.shape
-    q, k, v, kl, vl = (dense_heads(x) for x in (q, k_context, v_context, k_latent, v_latent))
+    q, k, v, kl, vl = (dense_rows(x) for x in (q, k_context, v_context, k_latent, v_latent))
     out = q.new_empty(tq, heads, dim)
     lse = torch.empty(heads, tq, dtype=torch.float32, device=q.device)
     unit, steps = strides(q, k, v, kl, vl)
@@ -81,8 +81,8 @@ def backward(
     """Gradients of q and of both sources' keys and values; also takes a gradient of lse."""
     q, k_context, v_context, k_latent, v_latent, cu, num_latents, scale = args
     out, lse = outs
-    q, k, v = (dense_heads(x) for x in (q, k_context, v_context))
-    grad_out = torch.zeros_like(out) if grads[0] is None else dense_heads(grads[0])
+    q, k, v = (dense_rows(x) for x in (q, k_context, v_context))
+    grad_out = torch.zeros_like(out) if grads[0] is None else dense_rows(grads[0])
     delta = row_sums(out, grad_out, grads[1])
     starts = _latent_starts(q, num_latents)
     alone = k_latent is None or v_latent is None
@@ -91,7 +91,7 @@ def backward(
     found = [dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None]
     if alone:
         return [*found, None, None]
-    kl, vl = dense_heads(k_latent), dense_heads(v_latent)
+    kl, vl = dense_rows(k_latent), dense_rows(v_latent)
     if needs[0]:
         _query_gradient(dq, q, k, v, kl, vl, grad_out, lse, delta, cu, num_latents, scale)
     _, dkl, dvl = packed.segment_gradients(

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
 from vlmops.ops._shared import triton_float8
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops.quantized_linear.triton_kernels import (
     quantize_rows_kernel,
@@ -52,7 +53,7 @@ def forward(
     la = a.stride(0) if m > 1 else max(1, k)
     unit = math.gcd(16, la)
     rest = None if residual is None else residual.reshape(m, n)
-    rest = rest if rest is None or rest.stride(1) == 1 else rest.contiguous()
+    rest = None if rest is None else dense_rows(rest)
     mask = None if row_mask is None else row_mask.reshape(-1).contiguous().view(torch.uint8)
     given = (zero, bias if bias is None else bias.contiguous(), gate if gate is None else gate.contiguous(), mask, rest)
     tensors = [a, a if a_scale is None else a_scale, data, scale, *(out if t is None else t for t in given), out]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import CTYPE, Out, Plan, i32, i64, vector
+from vlmops.ops._shared.strides import dense_rows
 
 THREADS = 128
 STAGED_BYTES = 16 << 10  # of heads in shared memory a block: a dozen blocks fit an SM
@@ -49,9 +50,8 @@ def rotate_heads(
     """x and k rotated (rotated back with ``inverse``)."""
     if cos.dtype != sin.dtype or cos.dtype not in (x.dtype, torch.float32):
         cos, sin = cos.float(), sin.float()
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    if k is not None and k.stride(-1) != 1:
-        k = k.contiguous()
+    x, cos, sin = dense_rows(x), dense_rows(cos), dense_rows(sin)
+    k = None if k is None else dense_rows(k)
     out, out_k = x.new_empty(x.shape), x.new_empty(0 if k is None else k.shape)
     cuda_runtime.run([plan(x, k, cos, sin, out, out_k, interleaved, inverse)])
     return out, out_k

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_math import cdiv, next_power_of_two
 from vlmops.ops.rotary.triton_kernels import rotary_kernel
 
@@ -37,9 +38,8 @@ def rotate_heads(
     x: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """x and k rotated (rotated back with ``inverse``); the attentions call it in front of their own kernels."""
-    x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
-    if k is not None and k.stride(-1) != 1:
-        k = k.contiguous()
+    x, cos, sin = dense_rows(x), dense_rows(cos), dense_rows(sin)
+    k = None if k is None else dense_rows(k)
     (tokens, heads, dim), half = x.shape, cos.shape[1] // 2
     out, out_k = x.new_empty(x.shape), x.new_empty(0 if k is None else k.shape)
     heads_k = 0 if k is None else k.shape[1]

@@ -15,11 +15,11 @@ from torch import Tensor
 from vlmops.backends import triton_runtime
 from vlmops.backends.triton_runtime import Config
 from vlmops.ops._shared.checks import cu_seqlens_list
+from vlmops.ops._shared.strides import dense_rows
 from vlmops.ops._shared.triton_attention import LOG2E
 from vlmops.ops._shared.triton_attention_launch import (
     backward_configs,
     chunk_meta,
-    dense_heads,
     forward_configs,
     row_sums,
     strides,
@@ -65,7 +65,7 @@ def forward(
         cu_seqlens_list("cu_seqlens_q", cu_seqlens_q, tq)
         cu_seqlens_list("cu_seqlens_k", cu_seqlens_k, tk)
     q, k = _rotated(q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = q.new_empty(tq, heads, dim)
     lse = torch.empty(heads, tq, dtype=torch.float32, device=q.device)
     n = cu_seqlens_q.shape[0] - 1
@@ -113,8 +113,8 @@ def backward(
      interleaved) = args  # fmt: skip
     out, lse = outs
     q, k = _rotated(q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
-    q, k, v = dense_heads(q), dense_heads(k), dense_heads(v)
-    grad_out = torch.zeros_like(out) if grads[0] is None else dense_heads(grads[0])
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    grad_out = torch.zeros_like(out) if grads[0] is None else dense_rows(grads[0])
     delta = row_sums(out, grad_out, grads[1])
     masks = {**_mask_meta(causal, left, right, prefix_lens, softcap), "left": left, "right": 0 if causal else right}
     dq, dk, dv = segment_gradients(
