@@ -1,8 +1,12 @@
-"""What pyproject.toml cannot say: csrc travels in the wheel, and the CPU kernels are built ahead of time where possible.
+"""What pyproject.toml cannot say: csrc travels in the wheel, and kernels are built ahead of time where possible or wanted.
 
 `pip install .` builds in an isolated environment without torch: the result is a pure-Python wheel that carries
 `vlmops/_csrc` and builds at first use. `pip install --no-build-isolation .` sees torch and, with a compiler and ninja,
 puts the built library into `vlmops/_native` (a platform wheel). VLMOPS_BUILD_NATIVE=0 or 1 forces either.
+
+VLMOPS_BUILD_CUDA=1 with --no-build-isolation also compiles every declared CUDA kernel by nvcc into `vlmops/_cuda`, for all
+architectures or those of VLMOPS_CUDA_ARCHS ("sm_80,sm_90"): minutes on many cores. Without it a machine with nvcc compiles the
+kernels it uses, each at first use.
 """
 
 import importlib.util
@@ -18,6 +22,7 @@ from setuptools.dist import Distribution
 
 HERE = Path(__file__).resolve().parent
 WANTED = os.environ.get("VLMOPS_BUILD_NATIVE", "auto")
+CUDA_WANTED = os.environ.get("VLMOPS_BUILD_CUDA", "0") == "1"
 
 
 def native_wanted() -> bool:
@@ -42,6 +47,8 @@ class BuildPy(build_py):
         shutil.copytree(HERE / "csrc", package / "_csrc")
         if native_wanted():
             self.build_native(package)
+        if CUDA_WANTED:
+            self.build_cuda(package)
 
     def build_native(self, package: Path) -> None:
         sys.path.insert(0, str(HERE))
@@ -61,12 +68,28 @@ class BuildPy(build_py):
                 raise
             print(f"vlmops: the CPU kernels are left to first use: {err}", file=sys.stderr)
 
+    def build_cuda(self, package: Path) -> None:
+        sys.path.insert(0, str(HERE))
+        from vlmops.backends import cuda_build
+        from vlmops.ops._shared import cuda_kernels
+
+        target = package / "_cuda"
+        shutil.rmtree(target, ignore_errors=True)
+        archs = os.environ.get("VLMOPS_CUDA_ARCHS", "").replace(",", " ").split() or cuda_build.ARCHS
+        cuda_build.ahead_of_time(
+            cuda_kernels.default_plans(),
+            target,
+            HERE / "csrc",
+            lambda done, total: print(f"vlmops: compiled {done}/{total} CUDA kernels"),
+            archs=archs,
+        )
+
 
 class NativeDistribution(Distribution):
     """A wheel with a compiled library in it belongs to one platform."""
 
     def has_ext_modules(self):
-        return native_wanted()
+        return native_wanted() or CUDA_WANTED
 
 
 setup(cmdclass={"build_py": BuildPy}, distclass=NativeDistribution)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import runpy
 import shutil
 import stat
 import tempfile
@@ -146,3 +147,28 @@ def test_a_library_is_built_found_and_opened(fresh_cuda, caplog):
     path.write_bytes(path.read_bytes()[:3000])
     cuda_library.ready_libraries.cache_clear()
     assert cuda_library.ready_libraries() == () and "is damaged" in caplog.text
+
+
+@pytest.mark.slow
+def test_setup_builds_the_library_ahead_of_time(fresh_cuda, tmp_path, monkeypatch):
+    """setup.py's own step, on one kernel and one architecture: stamped, found, opened."""
+    try:
+        cuda_build.toolkit()
+    except build.BuildError as err:
+        pytest.skip(str(err))
+    monkeypatch.setenv("VLMOPS_BUILD_CUDA", "1")
+    monkeypatch.setenv("VLMOPS_CUDA_ARCHS", "sm_80")
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = runpy.run_path(str(Path(__file__).resolve().parents[2] / "setup.py"))
+    assert setup["NativeDistribution"]().has_ext_modules(), "a wheel with kernels in it belongs to one platform"
+    plan = small()
+    monkeypatch.setattr("vlmops.ops._shared.cuda_kernels.default_plans", lambda: [plan])
+    setup["BuildPy"].build_cuda(None, tmp_path / "vlmops")
+    path = tmp_path / "vlmops" / "_cuda" / cuda_build.LIBRARY
+    monkeypatch.setattr(cuda_library, "packaged", lambda: path)
+    assert [x.kernels() for x in cuda_library.ready_libraries()] == [[plan.name]]
+
+
+def test_a_name_that_is_no_architecture(tmp_path):
+    with pytest.raises(build.BuildError, match="'80' is no architecture"):
+        cuda_build.ahead_of_time([small()], tmp_path, build.csrc_dir(), archs=["80"])

@@ -224,15 +224,32 @@ def loader(csrc: Path | None = None) -> Recipe:
     return Recipe(name, "the CUDA loader", [(name, [source], words)], torch_version=torch.__version__, key=key)
 
 
-def ahead_of_time(plans: Sequence[Plan], folder: Path, csrc: Path, progress: Callable[[int, int], None] | None) -> Path:
-    """Build the library of these kernels for any GPU and lay it into ``folder`` with its stamp: what setup.py calls.
+def ahead_of_time(
+    plans: Sequence[Plan],
+    folder: Path,
+    csrc: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    archs: Sequence[str] = ARCHS,
+) -> Path:
+    """Build the library of these kernels and lay it into ``folder`` with its stamp: what setup.py calls.
+
+    Args:
+        plans: whose kernels.
+        folder: made if missing.
+        csrc: the sources.
+        progress: told (compiled, all).
+        archs: for which GPUs, e.g. "sm_80" (machine code), "compute_80" (PTX).
 
     Raises:
-        BuildError: no nvcc, or it failed.
+        BuildError: no nvcc, an architecture of an unknown form, or nvcc failed.
     """
     import tempfile
 
-    recipe = library(plans, csrc=csrc)
+    for arch in archs:
+        if not re.fullmatch(r"(sm|compute)_\d+a?", arch):
+            raise BuildError(f"{arch!r} is no architecture: expected one like sm_80 or compute_80")
+    recipe = library(plans, archs, csrc)
     with tempfile.TemporaryDirectory() as work:
         built = build.build(recipe, Path(work), progress)
         folder.mkdir(parents=True, exist_ok=True)
