@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # find, not git ls-files: a source archive has no .git, and a new file is checked before it is added
 CSRC = $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # CUDA's compiler, where the machine has none: the kernels are compiled in the tests, for GPUs that need not be there
-CUDA_WHEELS := nvidia-cuda-nvcc==13.0.* nvidia-nvvm==13.0.* nvidia-cuda-crt==13.0.* nvidia-cuda-cccl==13.0.* nvidia-cuda-runtime==13.0.*
+CUDA_WHEELS = $(shell $(BIN)/python -c 'from vlmops.backends.cuda_build import WHEELS; print(*WHEELS)')
 
 .PHONY: help demo test check bench budgets tiny-model test-asan format clean
 

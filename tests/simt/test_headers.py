@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 
 import numpy as np
@@ -10,15 +9,17 @@ import pytest
 import torch
 
 from tests.support import simt
+from vlmops.backends import build, cuda_build
 
 ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_nvcc_takes_every_function_without_a_warning(arch, tmp_path):
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc on the PATH nor in /usr/local/cuda")
+    try:
+        nvcc = cuda_build.toolkit().nvcc
+    except build.BuildError as err:
+        pytest.skip(str(err))
     out = tmp_path / "headers.ptx"
     for entry in ("every", "math"):
         words = [
