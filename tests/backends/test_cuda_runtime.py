@@ -54,6 +54,15 @@ def test_launches_no_gpu_takes_are_refused(grid, block):
         cuda_runtime.run([Plan("a.cu", "a", (), grid, block, (torch.empty(1),))])
 
 
+def test_more_shared_memory_than_the_gpu_has_is_refused():
+    plan = Plan("a.cu", "a", (), (1, 1, 1), 32, (torch.empty(1, device="meta"),), shared=120 << 10)
+    with cuda_runtime.record(cuda_runtime.TARGETS["sm_80"]) as seen:
+        cuda_runtime.run([plan])
+    assert seen == [plan]
+    with cuda_runtime.record(cuda_runtime.TARGETS["sm_89"]), pytest.raises(ValueError, match="a block may have 101376"):
+        cuda_runtime.run([plan])
+
+
 @pytest.mark.parametrize(("shape", "begin", "want"), [
     ((4, 16), 0, 8), ((4, 20), 0, 4), ((4, 17), 0, 1), ((4, 18), 2, 2), ((1, 17), 0, 8), ((0, 17), 0, 8),
 ])  # fmt: skip

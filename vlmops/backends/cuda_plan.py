@@ -139,8 +139,10 @@ class Plan:
                 values.append(0 if tensor is None else tensor.data_ptr())
         return _slots(tuple(codes)).pack(*values)
 
-    def check(self) -> None:
-        """ValueError where no GPU could launch it."""
+    def check(self, shared: int) -> None:
+        """ValueError where no GPU could launch it, or not one with ``shared`` bytes of shared memory for a block."""
+        if self.shared > shared:
+            raise ValueError(f"{self.name}: {self.shared} bytes of shared memory, where a block may have {shared}")
         sizes = zip(self.grid, MAX_GRID, strict=True)
         if any(n > most for n, most in sizes) or not 1 <= self.block <= 1024 or self.block % 32:
             raise ValueError(f"{self.name}: a grid of {self.grid} blocks of {self.block} threads cannot be launched")

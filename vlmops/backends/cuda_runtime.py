@@ -145,10 +145,14 @@ def _device_target(index: int) -> Target:
 
 def target(x: Tensor) -> Target:
     """The GPU a kernel on x runs on: assumed or recorded for, x's own, or the SIMT machine."""
+    return _target_of(x.device)
+
+
+def _target_of(device: torch.device) -> Target:
     assumed = _target.get()
     if assumed is not None:
         return assumed
-    return _device_target(x.device.index or 0) if x.device.type == "cuda" else SIMT
+    return _device_target(device.index or 0) if device.type == "cuda" else SIMT
 
 
 def processors(x: Tensor) -> int:
@@ -200,12 +204,12 @@ def run(plans: Iterable[Plan]) -> None:
 
     Raises:
         BackendError: no executor, or a typed ``cuda_errors.CudaError`` from one.
-        ValueError: a plan no GPU could launch.
+        ValueError: a plan no GPU could launch, or this one could not: too much shared memory.
     """
     recorder = _recorder.get()
     todo = [plan for plan in plans if not plan.empty]
     for plan in todo:
-        plan.check()
+        plan.check(_target_of(plan.device).shared)
     if recorder is not None:
         recorder.extend(todo)
         return
