@@ -31,7 +31,7 @@ STANDARD = "-std=c++17"
 #: What a library for any machine holds: machine code runs on every newer GPU of its major number (sm_80 on 86, 87 and 89;
 #: sm_90; sm_100 on 103; sm_120 on 121), the PTX on what comes after.
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80")
-#: PyPI's CUDA compiler and what it needs, of the version the budgets were made with; the Makefile installs it where there is none.
+#: PyPI's CUDA compiler and what it needs, of the version the budgets were made with; `make` installs it where there is none.
 WHEELS = tuple(f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl", "cuda-runtime"))
 INSTALL = f"pip install {' '.join(WHEELS)}"
 
