@@ -1,0 +1,1 @@
+"""A complete, readable stack of vision-language models on vlmops' own ops."""
