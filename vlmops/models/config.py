@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ConnectorConfig", "DecoderConfig", "RopeScaling", "VisionConfig"]
+__all__ = ["ConnectorConfig", "CrossConfig", "DecoderConfig", "RopeScaling", "VisionConfig"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,34 @@ class ConnectorConfig:
     width: int = 0
     cross_every: int = 2
     image_positions: int = 16
+
+
+@dataclass(frozen=True)
+class CrossConfig:
+    """Gated cross-attention between a decoder's blocks: Flamingo, Idefics.
+
+    Args:
+        width: channels of the decoder's tokens.
+        context_width: channels of what is looked at.
+        heads, head_dim: of the attention.
+        mlp_width: hidden channels of the feed-forward layer.
+        every: one stands in front of each so many blocks of the decoder.
+        activation: of the feed-forward layer.
+        gated: whether that is a gated MLP (Idefics).
+        norm: "layer_norm" (Flamingo) or "rms_norm" (Idefics).
+        norm_eps: of both norms.
+    """
+
+    width: int
+    context_width: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    every: int = 1
+    activation: str = "gelu"
+    gated: bool = False
+    norm: str = "layer_norm"
+    norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True)
