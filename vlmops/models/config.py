@@ -33,10 +33,16 @@ class VisionConfig:
         class_token: a learned token in front.
         registers: learned tokens behind the class token (DINOv2 with registers).
         position: "learned" (added, resized for other sizes), "rope" (2-D rotary), "learned+rope" (EVA-02), "none".
+        rope: which angles turn with what: "axial" (Qwen2-VL: first half of a head's with the row, second with the column),
+            "alternating" (Pixtral: even ones with the row, odd ones with the column), "interleaved" (EVA-02: as axial, but pairs
+            are neighbouring channels).
         rope_theta: base of the rotary angles.
+        rope_side: patches on a side that rotary positions are stretched to, whatever the image's size (EVA-02: 16); None: not.
+        antialias: learned positions are resized with antialiasing (DINOv2 with registers).
         pre_norm: a norm in front of the first block (CLIP, Pixtral).
         post_norm: a norm behind the last block.
         sub_norm: norms inside attention and MLP, in front of their last projection (EVA-02).
+        norm_after: a block's two norms stand behind attention and MLP, in front of the residual add (EVA02-E, CogVLM).
         layer_scale: a learned factor for each channel at each residual (DINOv2).
         window: pixels on a side of an attention window; None: none (Qwen2.5-VL: 112).
         full_layers: blocks that attend to the whole image where there are windows.
@@ -61,10 +67,14 @@ class VisionConfig:
     class_token: bool = False
     registers: int = 0
     position: str = "learned"
+    rope: str = "axial"
     rope_theta: float = 10000.0
+    rope_side: int | None = None
+    antialias: bool = False
     pre_norm: bool = False
     post_norm: bool = True
     sub_norm: bool = False
+    norm_after: bool = False
     layer_scale: bool = False
     window: int | None = None
     full_layers: tuple[int, ...] = ()
@@ -153,6 +163,8 @@ class RopeScaling:
         factor: how much longer.
         low_freq_factor, high_freq_factor: of "llama3".
         original_length: tokens of the training's contexts.
+        beta_fast, beta_slow: of "yarn": turns within such a context above which an angle stays, below which it is stretched.
+        attention_factor: of "yarn": multiplies both tables; None: 0.1 ln(factor) + 1.
     """
 
     kind: str
@@ -160,6 +172,9 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_length: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -185,8 +200,8 @@ class DecoderConfig:
         embed_scale: multiplies embeddings (Gemma: sqrt(width)).
         query_scale: factor on q k^T; None: head_dim ** -0.5.
         attention_softcap, logit_softcap: s > 0: x becomes s tanh(x / s) (Gemma 2: 50 and 30).
-        window: keys a token sees behind it in windowed layers; None: all.
-        window_layers: "all", "even" (Gemma 2: layers 0, 2, ... are windowed), "none".
+        window: keys a token sees in windowed layers, itself included; None: all.
+        window_layers: "all", "even" (Gemma 2: layers 0, 2, ... are windowed), "from:k" (Qwen 2: layers k, k + 1, ...), "none".
     """
 
     vocab: int
@@ -224,6 +239,6 @@ class DecoderConfig:
 
     def windowed(self, layer: int) -> bool:
         """Whether a layer sees a window only."""
-        return self.window is not None and (
-            self.window_layers == "all" or (self.window_layers == "even" and layer % 2 == 0)
-        )
+        kind, _, first = self.window_layers.partition(":")
+        chosen = kind == "all" or (kind == "even" and layer % 2 == 0) or (kind == "from" and layer >= int(first))
+        return self.window is not None and chosen
