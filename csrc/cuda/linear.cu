@@ -1,14 +1,16 @@
 // y [M, N] = residual + mask * tanh(gate) * act(x W^T + bias), x [M, K], W [N, K]: by tensor cores, exactly in float,
 // and for few rows as a stream of the weight.
 //
-// VLMOPS_T: type of all matrices; VLMOPS_ACT: the activation; VLMOPS_VEC: elements of an access to x and W; VLMOPS_OUT:
-// of one to bias, gate, residual and y.
+// VLMOPS_T: type of all matrices; VLMOPS_ACT: the activation; VLMOPS_SCALE: the gate is LayerScale, without tanh;
+// VLMOPS_VEC: elements of an access to x and W; VLMOPS_OUT: of one to bias, gate, residual and y.
 #include "epilogue/output.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/platform.cuh"
 #include "ptx/types.cuh"
 #include "ptx/warp.cuh"
 #include "tile/gemm.cuh"
+#include "tile/gemm_float.cuh"
+#include "tile/stream.cuh"
 
 namespace vlmops {
 
@@ -32,10 +34,11 @@ VLMOPS_KERNEL_RESIDENT(linear_gemm, 512 / VLMOPS_THREADS)
   gemm.run(shared, x, x_stride, m, m0, weight, w_stride, n, n0, k);
   const Epilogue<T> epilogue{bias, gate, mask, residual, out, r_stride, gate_step};
   ColumnTerms<8> terms;
-  gemm.each([&](int column) { terms = column_terms<VLMOPS_OUT, 8>(epilogue, n0 + column, n - n0 - column); },
-            [&](int row, int column, float (&v)[8]) {
-              if (m0 + row < m) finish_row<kActivation, VLMOPS_OUT>(epilogue, terms, v, m0 + row, n0 + column, n);
-            });
+  gemm.each(
+      [&](int column) { terms = column_terms<VLMOPS_OUT, 8, VLMOPS_SCALE>(epilogue, n0 + column, n - n0 - column); },
+      [&](int row, int column, float (&v)[8]) {
+        if (m0 + row < m) finish_row<kActivation, VLMOPS_OUT>(epilogue, terms, v, m0 + row, n0 + column, n);
+      });
 }
 #endif
 
@@ -44,108 +47,43 @@ VLMOPS_KERNEL_RESIDENT(linear_gemm, 512 / VLMOPS_THREADS)
 VLMOPS_KERNEL(linear_few_rows)
 (const T* x, const T* weight, const T* bias, const T* gate, const uint8_t* mask, const T* residual, T* out,
  int64_t x_stride, int64_t w_stride, int64_t r_stride, int n, int k, int gate_step) {
-  constexpr int kRows = VLMOPS_ROWS, kColumns = VLMOPS_COLS, kVec = VLMOPS_VEC;
-  static_assert(kRows * kColumns <= kWarp, "a lane to each result");
-  const int first = (static_cast<int>(blockIdx.x) * (VLMOPS_THREADS / kWarp) + warp_id()) * kColumns;
+  using Stream = StreamedRows<T, VLMOPS_ROWS, VLMOPS_COLS, 1, VLMOPS_VEC>;
+  const int first = (static_cast<int>(blockIdx.x) * (VLMOPS_THREADS / kWarp) + warp_id()) * VLMOPS_COLS;
   if (first >= n) return;
-  const T* row_of[kColumns];  // of the weight; past the last one, the last again
-  VLMOPS_UNROLL
-  for (int c = 0; c < kColumns; ++c) row_of[c] = weight + static_cast<int64_t>(min_of(first + c, n - 1)) * w_stride;
-  float sums[kRows][kColumns];
-  VLMOPS_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    VLMOPS_UNROLL
-    for (int c = 0; c < kColumns; ++c) sums[r][c] = 0.f;
-  }
-  VLMOPS_UNROLL_N(2)
-  for (int i = lane_id() * kVec; i < k; i += kWarp * kVec) {
-    Vec<T, kVec> w[kColumns];
-    VLMOPS_UNROLL
-    for (int c = 0; c < kColumns; ++c) w[c] = load_vec_readonly<kVec>(row_of[c] + i);
-    VLMOPS_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const auto part = load_vec_readonly<kVec>(x + r * x_stride + i);
-      VLMOPS_UNROLL
-      for (int j = 0; j < kVec; ++j) {
-        VLMOPS_UNROLL
-        for (int c = 0; c < kColumns; ++c) sums[r][c] = fma(to_float(part[j]), to_float(w[c][j]), sums[r][c]);
-      }
-    }
-  }
-  float mine[1] = {0.f};  // lane r kColumns + c finishes row r, column c
-  VLMOPS_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    VLMOPS_UNROLL
-    for (int c = 0; c < kColumns; ++c) {
-      const float sum = warp_sum(sums[r][c]);
-      if (lane_id() == r * kColumns + c) mine[0] = sum;
-    }
-  }
-  const int row = lane_id() / kColumns, column = first + lane_id() % kColumns;
-  if (row >= kRows || column >= n) return;
+  Stream stream;
+  stream.run(
+      MatrixRows<T, false>{x, x_stride, 0, VLMOPS_ROWS}, Neighbours{},
+      [&](int) { return MatrixRows<T, false>{weight, w_stride, 0, n}; }, first, k);
+  const int row = Stream::row(), column = first + Stream::column();
+  if (row >= VLMOPS_ROWS || column >= n) return;
   const Epilogue<T> epilogue{bias, gate, mask, residual, out, r_stride, gate_step};
-  finish_row<kActivation, 1>(epilogue, column_terms<1, 1>(epilogue, column, 1), mine, row, column, n);
+  const auto terms = column_terms<1, 1, VLMOPS_SCALE>(epilogue, column, 1);
+  finish_row<kActivation, 1>(epilogue, terms, stream.mine[0], row, column, n);
 }
 #endif
 
 #ifdef VLMOPS_ENTRY_linear_gemm_float
-// Exact float products: tiles of 64 x 64, a thread has 4 x 4 of them, 16 along k at a time from shared memory; the next
-// 16 wait in registers.
 VLMOPS_KERNEL_RESIDENT(linear_gemm_float, 2)
 (const T* x, const T* weight, const T* bias, const T* gate, const uint8_t* mask, const T* residual, T* out,
  int64_t x_stride, int64_t w_stride, int64_t r_stride, int m, int n, int k, int gate_step) {
-  constexpr int kTile = 64, kDepth = 16, kEach = 4;
-  static_assert(VLMOPS_THREADS == 256 && sizeof(T) == 4, "a thread loads four elements of a row of each operand");
-  // x and W, k first; eights of rows change places by k / 4, so that a warp writes 8 rows x 4 of these to all banks.
-  __shared__ __align__(16) float tiles[2][kDepth][kTile];
+  using Tile = FloatTile<1, VLMOPS_VEC>;
+  static_assert(VLMOPS_THREADS == Tile::kThreads && sizeof(T) == 4, "float");
+  __shared__ __align__(16) Tile::Shared shared;
   int m0, n0;
-  grouped<8>(static_cast<int>(blockIdx.x), ceil_div(m, kTile), ceil_div(n, kTile), m0, n0);
-  m0 *= kTile;
-  n0 *= kTile;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int load_row = thread / 4, load_k = thread % 4 * 4;
-  const T* const from[2] = {x + static_cast<int64_t>(min_of(m0 + load_row, m - 1)) * x_stride + load_k,
-                            weight + static_cast<int64_t>(min_of(n0 + load_row, n - 1)) * w_stride + load_k};
-  float next[2][4];
-  const auto load = [&](int at) {
-    VLMOPS_UNROLL
-    for (int o = 0; o < 2; ++o) {
-      read_columns<VLMOPS_VEC>(next[o], from[o] + at, k - at - load_k);
-    }
-  };
-  float sums[kEach][kEach];
-  VLMOPS_UNROLL
-  for (int i = 0; i < kEach; ++i) {
-    VLMOPS_UNROLL
-    for (int j = 0; j < kEach; ++j) sums[i][j] = 0.f;
-  }
-  const int row = thread / 16 * kEach, column = thread % 16 * kEach;
-  load(0);
-  for (int at = 0; at < k; at += kDepth) {
-    VLMOPS_UNROLL
-    for (int o = 0; o < 2; ++o) {
-      VLMOPS_UNROLL
-      for (int i = 0; i < 4; ++i) tiles[o][load_k + i][load_row ^ load_k * 2] = next[o][i];
-    }
-    __syncthreads();
-    if (at + kDepth < k) load(at + kDepth);
-    VLMOPS_UNROLL
-    for (int d = 0; d < kDepth; ++d) {
-      const auto a = load_vec<kEach>(&tiles[0][d][row ^ d / 4 * 8]);
-      const auto b = load_vec<kEach>(&tiles[1][d][column ^ d / 4 * 8]);
-      VLMOPS_UNROLL
-      for (int i = 0; i < kEach; ++i) {
-        VLMOPS_UNROLL
-        for (int j = 0; j < kEach; ++j) sums[i][j] = fma(a[i], b[j], sums[i][j]);
-      }
-    }
-    __syncthreads();
-  }
+  grouped<8>(static_cast<int>(blockIdx.x), ceil_div(m, Tile::kTile), ceil_div(n, Tile::kTile), m0, n0);
+  m0 *= Tile::kTile;
+  n0 *= Tile::kTile;
+  Tile tile;
+  tile.run(
+      shared, MatrixRows<T, false>{x, x_stride, m0, m}, Neighbours{},
+      [&](int) { return MatrixRows<T, false>{weight, w_stride, n0, n}; }, k);
   const Epilogue<T> epilogue{bias, gate, mask, residual, out, r_stride, gate_step};
-  const auto terms = column_terms<VLMOPS_OUT, kEach>(epilogue, n0 + column, n - n0 - column);
+  const int column = n0 + Tile::column();
+  const auto terms = column_terms<VLMOPS_OUT, Tile::kEach, VLMOPS_SCALE>(epilogue, column, n - column);
   VLMOPS_UNROLL
-  for (int i = 0; i < kEach; ++i) {
-    if (m0 + row + i < m) finish_row<kActivation, VLMOPS_OUT>(epilogue, terms, sums[i], m0 + row + i, n0 + column, n);
+  for (int i = 0; i < Tile::kEach; ++i) {
+    const int row = m0 + Tile::row() + i;
+    if (row < m) finish_row<kActivation, VLMOPS_OUT>(epilogue, terms, tile.sums[i][0], row, column, n);
   }
 }
 #endif

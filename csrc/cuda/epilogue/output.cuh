@@ -33,28 +33,51 @@ VLMOPS_DEVICE void read_columns(float (&to)[N], const T* from, int count) {
   }
 }
 
+// The same of a vector that may be absent: then zeros.
+template <int Each, int N, class T>
+VLMOPS_DEVICE void read_terms(float (&to)[N], const T* vector, int column, int count) {
+  if (vector != nullptr) {
+    read_columns<Each>(to, vector + column, count);
+  } else {
+    VLMOPS_UNROLL
+    for (int i = 0; i < N; ++i) to[i] = 0.f;
+  }
+}
+
+// The other way.
+template <int Each, int N, class T>
+VLMOPS_DEVICE void write_columns(T* to, const float (&v)[N], int count) {
+  VLMOPS_UNROLL
+  for (int i = 0; i < N; i += Each) {
+    if (i < count) {
+      Vec<T, Each> part;
+      VLMOPS_UNROLL
+      for (int j = 0; j < Each; ++j) part[j] = from_float<T>(v[i + j]);
+      store_vec<Each>(to + i, part);
+    }
+  }
+}
+
 // The bias and the gate of N neighbouring columns, the same for all rows.
 template <int N>
 struct ColumnTerms {
   float bias[N], factor[N];
 };
 
-template <int Each, int N, class T>
+// Scale: the gate is a factor as it is (LayerScale), without tanh.
+template <int Each, int N, bool Scale = false, class T>
 VLMOPS_DEVICE ColumnTerms<N> column_terms(const Epilogue<T>& e, int column, int count) {
   ColumnTerms<N> terms;
   VLMOPS_UNROLL
-  for (int i = 0; i < N; ++i) {
-    terms.bias[i] = 0.f;
-    terms.factor[i] = 1.f;
-  }
-  if (e.bias != nullptr) read_columns<Each>(terms.bias, e.bias + column, count);
+  for (int i = 0; i < N; ++i) terms.factor[i] = 1.f;
+  read_terms<Each>(terms.bias, e.bias, column, count);
   if (e.gate != nullptr) {
     if (e.gate_step != 0) {
       read_columns<Each>(terms.factor, e.gate + column, count);
       VLMOPS_UNROLL
-      for (int i = 0; i < N; ++i) terms.factor[i] = tanh_exact(terms.factor[i]);
+      for (int i = 0; i < N; ++i) terms.factor[i] = Scale ? terms.factor[i] : tanh_exact(terms.factor[i]);
     } else {
-      const float factor = tanh_exact(to_float(*e.gate));
+      const float gate = to_float(*e.gate), factor = Scale ? gate : tanh_exact(gate);
       VLMOPS_UNROLL
       for (int i = 0; i < N; ++i) terms.factor[i] = factor;
     }
@@ -76,16 +99,7 @@ VLMOPS_DEVICE void finish_row(const Epilogue<T>& e, const ColumnTerms<N>& terms,
     VLMOPS_UNROLL
     for (int i = 0; i < N; ++i) v[i] += r[i];
   }
-  T* const to = e.out + row * columns + column;
-  VLMOPS_UNROLL
-  for (int i = 0; i < N; i += Each) {
-    if (i < count) {
-      Vec<T, Each> part;
-      VLMOPS_UNROLL
-      for (int j = 0; j < Each; ++j) part[j] = from_float<T>(v[i + j]);
-      store_vec<Each>(to + i, part);
-    }
-  }
+  write_columns<Each>(e.out + row * columns + column, v, count);
 }
 
 }  // namespace vlmops

@@ -8,70 +8,10 @@
 #include "../mma/sm80.cuh"
 #include "../ptx/memory.cuh"
 #include "../ptx/warp.cuh"
+#include "sources.cuh"
+#include "swizzled.cuh"
 
 namespace vlmops {
-
-// Rows of 4 or 8 chunks of 16 bytes that change places by XOR: a chunk of 8 neighbouring rows, which ldmatrix reads,
-// and 8 neighbouring chunks, which a copy writes, lie in all 32 banks.
-template <class T, int Chunks>
-struct GemmRows {
-  static_assert(sizeof(T) == 2 && (Chunks == 4 || Chunks == 8), "rows of 64 or 128 bytes");
-  T* base;  // 128-byte aligned
-
-  VLMOPS_DEVICE_MEMBER T* at(int row, int chunk) const {
-    return base + (row * Chunks + (chunk ^ (row / (8 / Chunks) & (Chunks - 1)))) * 8;
-  }
-};
-
-// Which of 32 columns lies in row `slot` of the tile of B: in row 8 b + 2 t + e (mma b, pair t, half e), column
-// 8 t + 2 b + e.
-VLMOPS_DEVICE constexpr int column_of_slot(int slot) {
-  return (slot & ~31) + (slot >> 1 & 3) * 8 + (slot >> 3 & 3) * 2 + (slot & 1);
-}
-
-// Copies Rows rows from a matrix into a tile, one step of Chunks chunks along k at a time, by all Threads threads. Rows
-// and columns outside the matrix become zeros. Wide elements an access: 8, 4 or 2 by cp.async, 1 by registers.
-// Addresses and the row length are whole accesses. Columns: the rows are in the order of column_of_slot.
-template <class T, int Rows, int Chunks, int Threads, int Wide, bool Columns>
-struct TileSource {
-  static constexpr int kAll = Rows * Chunks, kEach = kAll / Threads;
-  static_assert(kAll % Threads == 0 && Threads % Chunks == 0,
-                "as much for each thread, always the same chunk of a row");
-  const T* from[kEach];  // where this thread's chunk of each of its rows begins
-  bool inside[kEach];
-
-  VLMOPS_DEVICE_MEMBER static int row_of(int i) { return (static_cast<int>(threadIdx.x) + i * Threads) / Chunks; }
-  VLMOPS_DEVICE_MEMBER static int chunk() { return static_cast<int>(threadIdx.x) % Chunks; }
-
-  VLMOPS_DEVICE_MEMBER TileSource(const T* matrix, int64_t stride, int first, int rows) {
-    VLMOPS_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      const int row = first + (Columns ? column_of_slot(row_of(i)) : row_of(i));
-      inside[i] = row < rows;
-      from[i] = matrix + (inside[i] ? row * stride : 0) + chunk() * 8;
-    }
-  }
-
-  // Starts copying columns k .. k + 8 Chunks. The caller commits.
-  VLMOPS_DEVICE_MEMBER void start(const GemmRows<T, Chunks>& tile, int k, int length) const {
-    const int left = length - k - chunk() * 8;
-    VLMOPS_UNROLL
-    for (int i = 0; i < kEach; ++i) {
-      T* const to = tile.at(row_of(i), chunk());
-      if constexpr (Wide > 1) {
-        VLMOPS_UNROLL
-        for (int part = 0; part < 8; part += Wide) {
-          cp_async<Wide * 2>(to + part, from[i] + k + part, inside[i] && part < left);
-        }
-      } else {
-        Vec<T, 8> part;
-        VLMOPS_UNROLL
-        for (int j = 0; j < 8; ++j) part[j] = inside[i] && j < left ? from[i][k + j] : T{0};
-        store_vec<8>(to, part);
-      }
-    }
-  }
-};
 
 // BM x BN x BK tiles, a warp to WM x WN of it.
 template <class T, int BM, int BN, int BK, int WM, int WN, int Stages, int Wide>
@@ -79,16 +19,33 @@ struct GemmTile {
   static constexpr int kThreads = BM / WM * (BN / WN) * kWarp, kChunks = BK / 8;
   static constexpr int kStage = (BM + BN) * BK;  // elements
   static_assert(BM % WM == 0 && BN % WN == 0 && WM % 16 == 0 && WN % 32 == 0 && BK % 16 == 0, "whole mma");
-  using Tile = GemmRows<T, kChunks>;
+  using Tile = SwizzledTile<T, kChunks>;
 
   float sums[WM / 16][WN / 8][4];
 
   VLMOPS_DEVICE_MEMBER static int warp_row() { return warp_id() / (BN / WN) * WM; }
   VLMOPS_DEVICE_MEMBER static int warp_column() { return warp_id() % (BN / WN) * WN; }
 
-  // The sums of rows m0 .. m0 + BM, columns n0 .. n0 + BN. `shared`: Stages * kStage elements.
+  // The sums of rows m0 .. m0 + BM of A, columns n0 .. n0 + BN. `shared`: Stages * kStage elements.
   VLMOPS_DEVICE_MEMBER void run(T* shared, const T* a, int64_t a_stride, int m, int m0, const T* b, int64_t b_stride,
                                 int n, int n0, int length) {
+    run(shared, MatrixRows<T, false>{a, a_stride, m0, m}, Neighbours{}, MatrixRows<T, true>{b, b_stride, n0, n},
+        length);
+  }
+  // The same of any rows: start_a, start_b and where_a as TileSource has them.
+  template <class StartA, class WhereA, class StartB>
+  VLMOPS_DEVICE_MEMBER void run(T* shared, const StartA& start_a, const WhereA& where_a, const StartB& start_b,
+                                int length) {
+    CopiedRows<TileSource<T, BM, kChunks, kThreads, Wide>, WhereA> rows{
+        TileSource<T, BM, kChunks, kThreads, Wide>(start_a), where_a};
+    CopiedRows<TileSource<T, BN, kChunks, kThreads, Wide>, Neighbours> columns{
+        TileSource<T, BN, kChunks, kThreads, Wide>(start_b), Neighbours{}};
+    run_of(shared, rows, columns, length);
+  }
+  // The same with sources of their own: start(tile, k, length) as TileSource has it, and finish(tile, k) to write what
+  // registers hold of it, after the products that hide its way.
+  template <class RowsA, class RowsB>
+  VLMOPS_DEVICE_MEMBER void run_of(T* shared, RowsA& rows, RowsB& columns, int length) {
     VLMOPS_UNROLL
     for (int i = 0; i < WM / 16; ++i) {
       VLMOPS_UNROLL
@@ -97,8 +54,6 @@ struct GemmTile {
         for (int c = 0; c < 4; ++c) sums[i][j][c] = 0.f;
       }
     }
-    const TileSource<T, BM, kChunks, kThreads, Wide, false> rows(a, a_stride, m0, m);
-    const TileSource<T, BN, kChunks, kThreads, Wide, true> columns(b, b_stride, n0, n);
     const int steps = ceil_div(length, BK);
     const auto start = [&](int step) {
       if (step < steps) {
@@ -108,14 +63,25 @@ struct GemmTile {
       }
       cp_async_commit();  // also where nothing was started: the wait below counts groups
     };
+    const auto finish = [&](int step) {
+      if (step < steps) {
+        T* const stage = shared + step % Stages * kStage;
+        rows.finish(Tile{stage}, step * BK);
+        columns.finish(Tile{stage + BM * BK}, step * BK);
+      }
+    };
     VLMOPS_UNROLL
-    for (int step = 0; step < Stages - 1; ++step) start(step);
+    for (int step = 0; step < Stages - 1; ++step) {
+      start(step);
+      finish(step);
+    }
     for (int step = 0; step < steps; ++step) {
       cp_async_wait_group<Stages - 2>();
       __syncthreads();  // the step has arrived for all; all have read the stage that is filled next
       start(step + Stages - 1);
       T* const stage = shared + step % Stages * kStage;
       multiply(Tile{stage}, Tile{stage + BM * BK});
+      finish(step + Stages - 1);
     }
   }
 
@@ -123,22 +89,33 @@ struct GemmTile {
   // group of columns after the other; `begin(column)` before each.
   template <class Begin, class F>
   VLMOPS_DEVICE_MEMBER void each(Begin begin, F f) {
-    const int group = lane_id() / 4, part = lane_id() % 4;
+    each_of<1>(begin, [&](int row, int column, float (&v)[1][8]) { f(row, column, v[0]); });
+  }
+
+  // The same of so many matrices side by side (PairedRows): f(row, column, eight sums of each).
+  template <int Products, class Begin, class F>
+  VLMOPS_DEVICE_MEMBER void each_of(Begin begin, F f) {
+    static_assert(WN % (32 * Products) == 0, "a warp has all products of its columns");
     VLMOPS_UNROLL
-    for (int j = 0; j < WN; j += 32) {
-      const int column = warp_column() + j + part * 8;
+    for (int j = 0; j < WN; j += 32 * Products) {
+      const int column = (warp_column() + j) / Products + lane_id() % 4 * 8;
       begin(column);
       VLMOPS_UNROLL
       for (int i = 0; i < WM / 8; ++i) {
-        float v[8];
+        float v[Products][8];
         VLMOPS_UNROLL
-        for (int c = 0; c < 8; ++c) v[c] = sums[i / 2][j / 8 + c / 2][i % 2 * 2 + c % 2];
-        f(warp_row() + i * 8 + group, column, v);
+        for (int p = 0; p < Products; ++p) eight(v[p], i, j + 32 * p);
+        f(warp_row() + i * 8 + lane_id() / 4, column, v);
       }
     }
   }
 
  private:
+  // Of eights of rows the i-th, of the columns from j on.
+  VLMOPS_DEVICE_MEMBER void eight(float (&v)[8], int i, int j) const {
+    VLMOPS_UNROLL
+    for (int c = 0; c < 8; ++c) v[c] = sums[i / 2][j / 8 + c / 2][i % 2 * 2 + c % 2];
+  }
   VLMOPS_DEVICE_MEMBER void multiply(const Tile& rows, const Tile& columns) {
     const int lane = lane_id();
     VLMOPS_UNROLL

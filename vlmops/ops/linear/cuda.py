@@ -40,11 +40,16 @@ class Tile(NamedTuple):
         """Bytes, of 16-bit elements."""
         return STAGES * (self.bm + self.bn) * self.bk * 2
 
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        """What specialises a kernel of these tiles."""
+        return (("BM", self.bm), ("BN", self.bn), ("BK", self.bk), ("WM", self.wm), ("WN", self.wn), ("STAGES", STAGES))
+
     def tiles(self, m: int, n: int) -> int:
         return -(-m // self.bm) * -(-n // self.bn)
 
 
-LARGE, SMALL, FLAT = Tile(128, 128, 32, 64, 32), Tile(64, 64, 32, 32, 32), Tile(16, 128, 64, 16, 32)
+TILES = LARGE, SMALL, FLAT = Tile(128, 128, 32, 64, 32), Tile(64, 64, 32, 32, 32), Tile(16, 128, 64, 16, 32)
 
 
 def supports(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gate: Tensor | None, row_mask: Tensor | None,
@@ -59,7 +64,7 @@ def supports(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, ga
     return cuda_runtime.why_not(x)
 
 
-def _flatten(x: Tensor) -> Tensor:
+def flatten(x: Tensor) -> Tensor:
     """[..., C] as [rows, C] with unit stride inside a row, also where there are no elements."""
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[1] <= 1 else x.contiguous()
@@ -70,20 +75,21 @@ def forward(
     residual: Tensor | None, inference: bool,
 ) -> Tensor:  # fmt: skip
     """[..., N] in x's dtype."""
-    rows = _flatten(x)
+    rows = flatten(x)
     out = x.new_empty(rows.shape[0], weight.shape[0])
     if out.numel():
-        residual = None if residual is None else _flatten(residual)
+        residual = None if residual is None else flatten(residual)
         row_mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
-        cuda_runtime.run([forward_plan(rows, _flatten(weight), bias, activation, gate, row_mask, residual, out)])
+        cuda_runtime.run([forward_plan(rows, flatten(weight), bias, activation, gate, row_mask, residual, out)])
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def tile_of(m: int, n: int, processors: int) -> Tile:
-    """The tile for [m, n]: as large as leaves every SM two blocks; flat where more rows would be padding."""
-    if m <= FLAT.bm:
-        return FLAT
-    return LARGE if m > SMALL.bm and LARGE.tiles(m, n) >= 2 * processors else SMALL
+def tile_of(m: int, n: int, processors: int, tiles: tuple[Tile, Tile, Tile] = TILES) -> Tile:
+    """The tile for [m, n] of three: as large as leaves every SM two blocks; flat where more rows would be padding."""
+    large, small, flat = tiles
+    if m <= flat.bm:
+        return flat
+    return large if m > small.bm and large.tiles(m, n) >= 2 * processors else small
 
 
 def columns_of(n: int, processors: int) -> int:
@@ -93,9 +99,9 @@ def columns_of(n: int, processors: int) -> int:
 
 def forward_plan(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, gate: Tensor | None, row_mask: Tensor | None,
-    residual: Tensor | None, out: Tensor,
+    residual: Tensor | None, out: Tensor, scale: bool = False,
 ) -> Plan:  # fmt: skip
-    """The launch. Rows have unit stride, ``row_mask`` is dense, ``out`` [M, N] has elements."""
+    """The launch. Rows have unit stride, ``row_mask`` is dense, ``out`` [M, N] has elements; ``scale``: no tanh of the gate."""
     (m, k), n = x.shape, weight.shape[0]
     bias = None if bias is None else bias.contiguous()
     gate_step = 0 if gate is None or gate.numel() == 1 else 1
@@ -103,7 +109,7 @@ def forward_plan(
     processors = cuda_runtime.processors(x)
     vec = vector([x, weight], [k])
     each = vector([out, residual, bias, gate if gate_step else None], [n])
-    common = (("T", CTYPE[x.dtype]), ("ACT", activation or "none"), ("VEC", vec))
+    common = (("T", CTYPE[x.dtype]), ("ACT", activation or "none"), ("SCALE", scale), ("VEC", vec))
     tensors = (x, weight, bias, gate, row_mask, residual, Out(out))
     strides = (i64(x.stride(0)), i64(weight.stride(0)), i64(0 if residual is None else residual.stride(0)))
     if m <= FEW:
@@ -121,8 +127,6 @@ def forward_plan(
         )  # fmt: skip
     tile = tile_of(m, n, processors)
     return Plan(
-        "linear.cu", "linear_gemm",
-        (*common, ("OUT", each), ("BM", tile.bm), ("BN", tile.bn), ("BK", tile.bk), ("WM", tile.wm), ("WN", tile.wn),
-         ("STAGES", STAGES)),
+        "linear.cu", "linear_gemm", (*common, ("OUT", each), *tile.defines),
         (tile.tiles(m, n), 1, 1), tile.threads, (*tensors, *strides, *sizes), shared=tile.shared,
     )  # fmt: skip
