@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmops.ops._shared.triton_math import cdiv
-
 __all__ = ["Pixels", "WeightRows", "on_device", "pixels_of", "statistics", "weight_rows"]
 
 MAX_STILL = 8  # frames up to which a still picture's weights are unrolled in the kernel
@@ -21,6 +19,11 @@ MAX_TABLES = 256
 _LOCK = threading.Lock()
 _TABLES: OrderedDict[Any, dict[int, Tensor]] = OrderedDict()
 _CAPTURED: list[tuple[Tensor, ...]] = []
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b); triton_math's own needs Triton, and the CUDA kernels' tables come from here too."""
+    return -(-a // b)
 
 
 def _upload(rows: Sequence[Any], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
