@@ -109,6 +109,7 @@ def segment_attention(
     Returns:
         out [Tq, Hq, D] in q's dtype, contiguous; lse [Hq, Tq].
     """
+    segments = [s for s in segments if s.q1 > s.q0]  # keys without queries, as a KV cache's free room, cost nothing
     if not segments:
         return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
             q.shape[1], 0, dtype=lse_dtype(q)
@@ -134,6 +135,8 @@ def segment_tiles(
 ) -> Iterable[Tile]:
     """The same rectangles as pieces of a backward, cut into chunks of queries that bound the memory of the scores."""
     for s in segments:
+        if s.q0 == s.q1:
+            continue
         visible = mask_of(s.q1 - s.q0, s.k1 - s.k0, s.tag) if mask_of is not None else None
         rows = max(1, CHUNK_BYTES // max(1, 8 * (s.k1 - s.k0) * heads))
         for first in range(s.q0, s.q1, rows):
