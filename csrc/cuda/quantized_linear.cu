@@ -1,6 +1,6 @@
-// y [M, N] = residual + mask * tanh(gate) * act(x W^T + bias), x [M, K], with a weight in int8, int4 or fp8 e4m3 that is
-// read in its own bytes: for few rows as a stream past sums in float, for more by tensor cores, decoded on its way to
-// shared memory.
+// y [M, N] = residual + mask * tanh(gate) * act(x W^T + bias), x [M, K], with a weight in int8, int4 or fp8 e4m3 that
+// is read in its own bytes: for few rows as a stream past sums in float, for more by tensor cores, decoded on its way
+// to shared memory.
 //
 // VLMOPS_T: type of x, bias, gate, residual and y; VLMOPS_ACT: the activation; VLMOPS_KIND: of the codes; VLMOPS_GROUP:
 // columns that share a scale, 0: all; VLMOPS_ZERO: there are zero-points; VLMOPS_VEC: elements of an access to x;
@@ -38,8 +38,8 @@ VLMOPS_DEVICE Terms group_terms(const float* scale, const uint8_t* zero, int gro
   return terms;
 }
 
-// VLMOPS_ROWS rows. VLMOPS_SPLIT warps share VLMOPS_COLS columns: their lanes stride along k, VLMOPS_BYTES of the weight
-// an access, each lane with its own sums, reduced once.
+// VLMOPS_ROWS rows. VLMOPS_SPLIT warps share VLMOPS_COLS columns: their lanes stride along k, VLMOPS_BYTES of the
+// weight an access, each lane with its own sums, reduced once.
 VLMOPS_KERNEL(quantized_few_rows)
 (const T* x, const uint8_t* data, const float* scale, const uint8_t* zero, const T* bias, const T* gate,
  const uint8_t* mask, const T* residual, T* out, int64_t x_stride, int64_t d_stride, int64_t r_stride, int n, int k,

@@ -13,7 +13,7 @@ struct Kernel {
 extern const Kernel kernels[];
 extern const int num_kernels;
 
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 }  // namespace vlmops
 
@@ -29,7 +29,8 @@ VLMOPS_EXPORT int vlmops_cuda_devices(int* count);
 // Loads the kernel on the device and allows it that much dynamic shared memory. Once per kernel, device and size.
 VLMOPS_EXPORT int vlmops_cuda_prepare(const void* kernel, int device, int shared_bytes);
 
-// slots: `num_args` times 8 bytes, each argument in its slot's first bytes. Asynchronous on `stream` (a cudaStream_t).
+// slots: `maps` tensor maps of 128 bytes each, as cuda_plan.TensorMap.packed() has them, the first arguments; then
+// `num_args` times 8 bytes, each argument in its slot's first bytes. Asynchronous on `stream` (a cudaStream_t).
 VLMOPS_EXPORT int vlmops_cuda_launch(const void* kernel, int device, unsigned grid_x, unsigned grid_y, unsigned grid_z,
                                      unsigned threads, unsigned shared_bytes, void* stream, const void* slots,
-                                     int num_args);
+                                     int num_args, int maps);

@@ -51,12 +51,12 @@ class Library {
     return prepare_(reinterpret_cast<const void*>(kernel), device, shared_bytes);
   }
   int launch(uintptr_t kernel, int device, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared_bytes,
-             uintptr_t stream, const py::bytes& slots) const {
+             uintptr_t stream, const py::bytes& slots, int maps) const {
     char* bytes = nullptr;
     Py_ssize_t size = 0;
     if (PyBytes_AsStringAndSize(slots.ptr(), &bytes, &size) != 0) throw py::error_already_set();
     return launch_(reinterpret_cast<const void*>(kernel), device, x, y, z, threads, shared_bytes,
-                   reinterpret_cast<void*>(stream), bytes, static_cast<int>(size / 8));
+                   reinterpret_cast<void*>(stream), bytes, static_cast<int>((size - 128 * maps) / 8), maps);
   }
 
  private:
@@ -89,5 +89,6 @@ PYBIND11_MODULE(vlmops_cuda_loader, m) {
       .def("versions", &Library::versions)
       .def("devices", &Library::devices)
       .def("prepare", &Library::prepare)
-      .def("launch", &Library::launch);
+      .def("launch", &Library::launch, py::arg("kernel"), py::arg("device"), py::arg("x"), py::arg("y"), py::arg("z"),
+           py::arg("threads"), py::arg("shared"), py::arg("stream"), py::arg("slots"), py::arg("maps") = 0);
 }

@@ -4,6 +4,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "hopper.h"
 #include "reports.h"
 
 namespace vlmops::simt {
@@ -19,6 +20,7 @@ Index block_of(uint32_t epoch) {
 }
 
 std::string thread_of(int thread, uint32_t epoch) {
+  if (thread >= kMostThreads) return "TMA";
   const Index b = block_of(epoch);
   return text("thread %d of block (%u, %u, %u)", thread, b.x, b.y, b.z);
 }
@@ -33,7 +35,9 @@ bool acquired(uint32_t epoch, int thread) {
 bool unordered(const Access& a, bool shared) {
   if (a.epoch < machine.launch_epoch) return false;
   if (a.epoch < machine.block_epoch) return !shared && !acquired(a.epoch, a.thread);
-  if (a.epoch != machine.epoch || a.thread == current->thread) return false;
+  if (a.thread >= kMostThreads && a.thread != kNobody)
+    return !seen(a.thread, a.time);  // a barrier of threads waits for no copy
+  if (a.epoch != machine.epoch || a.thread == current->thread || seen(a.thread, a.time)) return false;
   return a.thread / kLanes != current->warp || a.warp_epoch == machine.warp_epoch[current->warp];
 }
 
@@ -45,6 +49,7 @@ void race(const Region& region, uintptr_t p, const char* what, uint32_t pc, cons
 
 // Why the destination of a copy may not be touched yet.
 std::string copy_state(const Cell& cell, uintptr_t p) {
+  if (cell.write.thread >= kMostThreads) return "its TMA copy has not arrived";
   const Fiber& fiber = machine.fibers[cell.write.thread];
   const size_t committed = fiber.groups.empty() ? 0 : fiber.groups.back();
   for (size_t i = 0; i < fiber.copies.size(); ++i) {
@@ -68,6 +73,11 @@ void check_read(const Region& region, const Cell& cell, uintptr_t p, uint32_t pc
     report("async",
            text("read of %s by %s: %s", position(region, p).c_str(), running().c_str(), copy_state(cell, p).c_str()),
            pc, "started", cell.write.pc);
+  } else if (cell.write.thread >= kMostThreads && unordered(cell.write, region.shared)) {
+    report("async",
+           text("read of %s by %s, which has not waited for the mbarrier of its TMA copy", position(region, p).c_str(),
+                running().c_str()),
+           pc, "started", cell.write.pc);
   } else if (unordered(cell.write, region.shared)) {
     race(region, p, "read", pc, "write", cell.write.thread, cell.write.epoch, cell.write.pc);
   }
@@ -88,7 +98,8 @@ void check_write(const Region& region, const Cell& cell, uintptr_t p, uint32_t p
     if (unordered(read, region.shared)) race(region, p, "write", pc, "read", read.thread, read.epoch, read.pc);
     else if (read.other != kNobody && read.other != me && read.warp_epoch == machine.warp_epoch[current->warp])
       race(region, p, "write", pc, "read", read.other, read.epoch, read.pc);
-    else if (cell.second_thread != kNobody && cell.second_thread / kLanes != current->warp)
+    else if (cell.second_thread != kNobody && cell.second_thread / kLanes != current->warp &&
+             !seen(cell.second_thread, cell.second_time))
       race(region, p, "write", pc, "read", cell.second_thread, read.epoch, cell.second_pc);
   }
   if (region.shared) return;
@@ -106,20 +117,24 @@ void record_read(Cell& cell, uint32_t pc) {
   const uint32_t warp_epoch = machine.warp_epoch[current->warp];
   if (read.epoch != machine.epoch) {
     if (read.epoch < machine.block_epoch && read.epoch >= machine.launch_epoch) cell.earlier_block = read.epoch;
-    read = {machine.epoch, warp_epoch, pc, me, kNobody};
+    read = {machine.epoch, warp_epoch, pc, current->time, me, kNobody};
     cell.second_thread = kNobody;
   } else if (read.thread / kLanes != current->warp) {
-    if (cell.second_thread == kNobody) {
+    if (cell.second_thread == kNobody || cell.second_thread == me) {
       cell.second_thread = me;
+      cell.second_time = current->time;
       cell.second_pc = pc;
     }
   } else if (read.warp_epoch != warp_epoch) {
     read.warp_epoch = warp_epoch;
     read.pc = pc;
+    read.time = current->time;
     read.thread = me;
     read.other = kNobody;
   } else if (read.thread != me) {
     read.other = me;
+  } else {
+    read.time = current->time;
   }
 }
 
@@ -140,10 +155,27 @@ void synchronise(uintptr_t p) {
 void forget_releases() { releases.clear(); }
 
 void record_write(Cell& cell, uint32_t pc, bool atomic, bool in_flight) {
-  cell.write = {machine.epoch, machine.warp_epoch[current->warp], pc, static_cast<uint16_t>(current->thread),
-                static_cast<uint16_t>(atomic ? 1 : 0)};
+  cell.write = {machine.epoch, machine.warp_epoch[current->warp],      pc,
+                current->time, static_cast<uint16_t>(current->thread), static_cast<uint16_t>(atomic ? 1 : 0)};
   cell.initialised = true;
   cell.in_flight = in_flight;
+}
+
+void check_tile(Region& region, uintptr_t p, size_t bytes, uint32_t pc, bool finished) {
+  region.refine(p, bytes);
+  Cell* cell = region.cell(p);
+  for (size_t done = 0; done < bytes; done += size_t{1} << region.shift, ++cell) {
+    check_read(region, *cell, p + done, pc);
+    const Access& write = cell->write;
+    if (write.thread < kMostThreads && write.epoch >= machine.block_epoch &&
+        machine.fibers[write.thread].proxy_time <= write.time && !cell->in_flight) {
+      report("proxy",
+             text("%s, written by thread %d without fence.proxy.async, is read by a matrix instruction",
+                  position(region, p + done).c_str(), write.thread),
+             pc, "written", write.pc);
+    }
+    if (finished) record_read(*cell, pc);
+  }
 }
 
 void check(Region& region, uintptr_t p, size_t bytes, Kind kind, uint32_t pc, bool in_flight) {

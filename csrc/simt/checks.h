@@ -16,6 +16,9 @@ namespace vlmops::simt {
 // Checks an access of the running thread to a region and remembers it. `in_flight`: a cp.async that starts writing.
 void check(Region& region, uintptr_t p, size_t bytes, Kind kind, uint32_t pc, bool in_flight = false);
 
+// The same of a tile a matrix instruction reads, by 16 bytes. Not `finished`: it begins to.
+void check_tile(Region& region, uintptr_t p, size_t bytes, uint32_t pc, bool finished);
+
 void record_write(Cell& cell, uint32_t pc, bool atomic, bool in_flight);
 
 // An atomic on global memory: acquires what earlier ones on this address released, and releases after a fence.

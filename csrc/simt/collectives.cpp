@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "hopper.h"
 #include "machine.h"
 #include "memory.h"
 #include "reports.h"
@@ -139,11 +140,14 @@ void perform(int warp, Op op) {
     case Op::kWarp:
       ++counters.warp_syncs;
       ++machine.warp_epoch[warp];
+      join_clocks(warp * kLanes, warp * kLanes + kLanes);
       break;
     case Op::kShuffle: shuffle(warp); break;
     case Op::kBallot: ballot(warp); break;
     case Op::kLdmatrix: ldmatrix(warp); break;
     case Op::kMma: mma(warp); break;
+    case Op::kProduct: issue_product(warp); break;
+    case Op::kProductWait: finish_products(warp); break;
     default: break;
   }
 }

@@ -44,6 +44,24 @@ VLMOPS_SIMT_API void vlmops_simt_ldmatrix(unsigned* registers, const void* row, 
 VLMOPS_SIMT_API void vlmops_simt_mma_m16n8k16(float* c, const unsigned* a, unsigned b0, unsigned b1, bool bfloat16,
                                               const char* file = __builtin_FILE(), int line = __builtin_LINE());
 
+// hopper.cpp, products.cpp
+VLMOPS_SIMT_API void vlmops_simt_mbarrier_init(void* barrier, unsigned count);
+VLMOPS_SIMT_API void vlmops_simt_mbarrier_fence();
+VLMOPS_SIMT_API void vlmops_simt_mbarrier_arrive(void* barrier, unsigned bytes);
+VLMOPS_SIMT_API void vlmops_simt_mbarrier_wait(void* barrier, unsigned parity, const char* file = __builtin_FILE(),
+                                               int line = __builtin_LINE());
+VLMOPS_SIMT_API void vlmops_simt_fence_async_proxy();
+VLMOPS_SIMT_API unsigned vlmops_simt_shared_address(const void* shared);
+VLMOPS_SIMT_API void vlmops_simt_tma_load(void* shared, const void* map, void* barrier, int rank, int x, int y, int z);
+VLMOPS_SIMT_API void vlmops_simt_wgmma(float* d, const unsigned* a, unsigned long long a_descriptor,
+                                       unsigned long long b_descriptor, int n, bool accumulate, bool transposed,
+                                       bool bfloat16, const char* file = __builtin_FILE(), int line = __builtin_LINE());
+VLMOPS_SIMT_API void vlmops_simt_wgmma_fence();
+VLMOPS_SIMT_API void vlmops_simt_wgmma_commit();
+VLMOPS_SIMT_API void vlmops_simt_wgmma_wait(int groups, const char* file = __builtin_FILE(),
+                                            int line = __builtin_LINE());
+
+#define __grid_constant__
 #define __global__
 #define __device__
 #define __host__

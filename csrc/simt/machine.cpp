@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "hopper.h"
 #include "memory.h"
 #include "module.h"
 #include "reports.h"
@@ -26,6 +27,9 @@ const char* name_of(Op op) {
     case Op::kBallot: return "a ballot";
     case Op::kLdmatrix: return "ldmatrix";
     case Op::kMma: return "mma";
+    case Op::kBarrier: return "an mbarrier";
+    case Op::kProduct: return "wgmma";
+    case Op::kProductWait: return "wgmma.wait_group";
   }
   return "?";
 }
@@ -114,7 +118,11 @@ bool advance(int warp) {
   const int begin = warp * kLanes, end = std::min(begin + kLanes, machine.threads);
   do {
     run_pass(warp);
-    if (machine.aborted || !agree(warp)) return false;
+    if (machine.aborted) return false;
+    const int woken = wake(warp);
+    if (woken == 0) return true;  // some lanes wait for an mbarrier
+    if (woken > 0) continue;
+    if (!agree(warp)) return false;
     const Op op = machine.fibers[begin].wait.op;
     if (op == Op::kBlock || op == Op::kDone) return true;
     perform(warp, op);
@@ -124,7 +132,19 @@ bool advance(int warp) {
   return true;
 }
 
-bool ready(int warp) { return machine.fibers[warp * kLanes].wait.op == Op::kNone; }
+bool ready(int warp) {
+  const int begin = warp * kLanes, end = std::min(begin + kLanes, machine.threads);
+  for (int t = begin; t < end; ++t)  // one lane may wait for an mbarrier while the others go on
+    if (machine.fibers[t].wait.op == Op::kNone) return true;
+  return false;
+}
+
+// Threads that another one's arrival, or a copy's, lets go on.
+bool wake_any() {
+  bool any = false;
+  for (int w = 0; w < machine.warps; ++w) any = wake(w) > 0 || any;
+  return any;
+}
 
 // Every warp is at a barrier or at its end: opens the barrier. 1: go on, 0: the block is done, -1: a bug.
 int open_barrier() {
@@ -153,6 +173,7 @@ int open_barrier() {
     return -1;
   }
   ++machine.epoch;
+  join_clocks(0, machine.threads);
   for (int w = 0; w < machine.warps; ++w) ++machine.warp_epoch[w];
   ++counters.barriers;
   for (int t = 0; t < machine.threads; ++t) machine.fibers[t].wait.op = Op::kNone;
@@ -165,6 +186,7 @@ bool run_block(Index block) {
   machine.blocks.emplace_back(machine.epoch, block);
   machine.acquired.clear();
   begin_block();
+  begin_hopper_block();
   const Index size = machine.block_size;
   for (int t = 0; t < machine.threads; ++t) {
     Fiber& fiber = machine.fibers[t];
@@ -177,6 +199,9 @@ bool run_block(Index block) {
     fiber.copies.clear();
     fiber.groups.clear();
     fiber.fence_epoch = 0;
+    fiber.time = 1;
+    fiber.proxy_time = 0;
+    fiber.clock.clear();
     prepare(fiber.context, static_cast<size_t>(t), fiber_main);
   }
   std::vector<int> order(static_cast<size_t>(machine.warps));
@@ -192,7 +217,14 @@ bool run_block(Index block) {
         any = any || ready(w);
       }
     }
+    if (machine.aborted) return false;
+    if (wake_any() || land()) continue;
+    if (const std::string who = waiting_for_barriers(); !who.empty()) {
+      report("deadlock", text("in %s %s", this_block().c_str(), who.c_str()));
+      return false;
+    }
     const int next = open_barrier();
+    if (next == 0) end_hopper_block();
     if (next <= 0) return next == 0;
   }
 }

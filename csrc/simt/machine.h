@@ -14,7 +14,19 @@ namespace vlmops::simt {
 inline constexpr int kLanes = 32;
 inline constexpr int kMostThreads = 1024;
 
-enum class Op : uint8_t { kNone, kDone, kBlock, kWarp, kShuffle, kBallot, kLdmatrix, kMma };
+enum class Op : uint8_t {
+  kNone,
+  kDone,
+  kBlock,
+  kWarp,
+  kShuffle,
+  kBallot,
+  kLdmatrix,
+  kMma,
+  kBarrier,
+  kProduct,
+  kProductWait
+};
 
 // What a thread waits for.
 struct Wait {
@@ -40,6 +52,10 @@ struct Fiber {
   std::vector<Copy> copies;    // in flight, oldest first
   std::vector<size_t> groups;  // ends of the committed groups in `copies`
   uint32_t fence_epoch = 0;    // of the last device-wide fence
+  // hopper.cpp: this thread's moment, what it knows of others', its last fence.proxy.async
+  uint32_t time = 1;
+  uint32_t proxy_time = 0;
+  std::vector<uint32_t> clock;
 };
 
 enum class Schedule : int { kForward = 0, kReverse = 1, kSeeded = 2 };

@@ -63,7 +63,8 @@ std::string outside(uintptr_t p, size_t bytes) {
   return text("address 0x%zx, in no buffer", static_cast<size_t>(p));
 }
 
-// The region of a whole access, or null after a report.
+}  // namespace
+
 Region* locate(uintptr_t p, size_t bytes, const char* verb, uint32_t pc) {
   Region* region = find(p);
   if (region != nullptr && p + bytes <= region->end) return region;
@@ -71,6 +72,8 @@ Region* locate(uintptr_t p, size_t bytes, const char* verb, uint32_t pc) {
          text("%s of %zu bytes by %s reaches %s", verb, bytes, running().c_str(), outside(p, bytes).c_str()), pc);
   return nullptr;
 }
+
+namespace {
 
 bool aligned(uintptr_t p, size_t bytes, const char* verb, uint32_t pc) {
   if (p % bytes == 0) return true;

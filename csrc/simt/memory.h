@@ -16,7 +16,7 @@ struct Counters {
   uint64_t global_store_requests, global_store_sectors, global_store_sectors_least, global_store_bytes,
       global_store_unique_bytes;
   uint64_t shared_requests, shared_wavefronts, shared_wavefronts_least, shared_bytes;
-  uint64_t atomics, mma_flops, barriers, warp_syncs, shuffles, ballots, ldmatrices, async_copies;
+  uint64_t atomics, mma_flops, barriers, warp_syncs, shuffles, ballots, ldmatrices, async_copies, tma_copies;
 };
 inline constexpr const char* kCounterNames =
     "accesses,switches,"
@@ -24,7 +24,7 @@ inline constexpr const char* kCounterNames =
     "global_store_requests,global_store_sectors,global_store_sectors_least,global_store_bytes,"
     "global_store_unique_bytes,"
     "shared_requests,shared_wavefronts,shared_wavefronts_least,shared_bytes,"
-    "atomics,mma_flops,barriers,warp_syncs,shuffles,ballots,ldmatrices,async_copies";
+    "atomics,mma_flops,barriers,warp_syncs,shuffles,ballots,ldmatrices,async_copies,tma_copies";
 
 extern Counters counters;
 
@@ -49,6 +49,10 @@ void async_wait(size_t groups);
 
 // One row of ldmatrix, read by `fiber`. False: not a row in shared memory (reported).
 bool read_row(Fiber& fiber, const void* row);
+
+struct Region;
+// The region of a whole access by the running thread, or null after a report.
+Region* locate(uintptr_t p, size_t bytes, const char* verb, uint32_t pc);
 
 // Adds the requests of the pass that ended to the counters.
 void flush_requests();

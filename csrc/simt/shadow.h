@@ -13,6 +13,7 @@ struct Access {
   uint32_t epoch = 0;  // 0: never
   uint32_t warp_epoch = 0;
   uint32_t pc = 0;
+  uint32_t time = 0;  // of the thread (hopper.h)
   uint16_t thread = kNobody;
   uint16_t other = kNobody;  // of a read: another lane of the warp, in the same interval. Of a write: 1 if atomic
 };
@@ -22,6 +23,7 @@ struct Cell {
   Access read;                 // the last in the current barrier interval
   uint32_t earlier_block = 0;  // epoch of a read by an earlier block of the launch
   uint32_t second_pc = 0;      // a reader of another warp in the interval of `read`
+  uint32_t second_time = 0;
   uint16_t second_thread = kNobody;
   bool initialised = false;  // global memory only: shared memory is what the block wrote
   bool in_flight = false;    // destination of a cp.async that has not been waited for

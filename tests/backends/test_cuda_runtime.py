@@ -13,7 +13,8 @@ import torch
 import vlmops
 from tests.support.cuda_executors import GPU, FakeCupy, FakeLibrary, arguments, some_plans
 from vlmops.backends import BackendError, build, cuda_build, cuda_cupy, cuda_library, cuda_runtime, cuda_simt
-from vlmops.backends.cuda_plan import Scalar
+from vlmops.backends.cuda_errors import CudaError
+from vlmops.backends.cuda_plan import Scalar, TensorMap
 from vlmops.backends.cuda_runtime import TARGETS, Out, Plan, f32, i32, i64, vector
 from vlmops.ops import rotary
 from vlmops.ops.rotary import OP
@@ -24,6 +25,41 @@ def test_arguments_are_packed_in_slots_of_eight_bytes():
     x = torch.randn(4)
     plan = Plan("a.cu", "a", (), (1, 1, 1), 32, (x, None, Out(x), i32(-5), i64(1 << 40), f32(0.5)))
     assert plan.packed() == struct.pack("<QQQi4xqf4x", x.data_ptr(), 0, x.data_ptr(), -5, 1 << 40, 0.5)
+
+
+def test_tensor_maps_come_first_and_whole():
+    """128 bytes each, innermost dimension first; then the slots."""
+    x, y = torch.zeros(20, 3, 80).half(), torch.zeros(9, 72).bfloat16()
+    maps = (TensorMap(x[:, :, 8:], (16, 1, 64)), TensorMap(y, (8, 64)))
+    plan = Plan("a.cu", "a", (), (1, 1, 1), 32, (*maps, Out(y), i32(-5)), arch="sm90a")
+    assert plan.maps == 2 and plan.device == x.device
+    three = struct.pack("<Q6q6I48x", x.data_ptr() + 16, 72, 3, 20, 2, 160, 480, 64, 1, 16, 3, 2, 3)
+    two = struct.pack("<Q6q6I48x", y.data_ptr(), 72, 9, 1, 2, 144, 0, 64, 8, 1, 2, 2, 3)
+    assert plan.packed() == three + two + struct.pack("<Qi4x", y.data_ptr(), -5) and len(three) == 128
+    with pytest.raises(ValueError, match="first arguments"):
+        dataclasses.replace(plan, args=(y, maps[0])).packed()
+
+
+def test_tensor_maps_reach_the_library(fresh_cuda, stream, monkeypatch):
+    seen = []
+
+    class Library(FakeLibrary):
+        def launch(self, *args):
+            seen.append(args[-2:])
+            return 0
+
+    monkeypatch.setattr(cuda_library, "ready_libraries", lambda: (Library(),))
+    y = torch.zeros(9, 72).bfloat16()
+    plan = Plan("a.cu", "a", (), (1, 1, 1), 32, (TensorMap(y, (8, 64)), Out(y)), arch="sm90a")
+    cuda_library.launch(plan, GPU)
+    assert seen == [(plan.packed(), 1)]
+
+
+def test_cupy_needs_the_bindings_for_tensor_maps(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    y = torch.zeros(9, 72).bfloat16()
+    with pytest.raises(CudaError, match="pip install cuda-bindings"):
+        cuda_cupy.arguments(Plan("a.cu", "a", (), (1, 1, 1), 32, (TensorMap(y, (8, 64)), Out(y))))
 
 
 def test_an_int_that_does_not_fit_is_an_error():

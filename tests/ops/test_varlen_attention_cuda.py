@@ -29,7 +29,7 @@ DTYPES = [BF16, FP16]
 NARROW, WIDE, LARGE = Shape(1, 64, 2), Shape(2, 64, 2), Shape(2, 48, 2)
 
 
-make = functools.partial(packed_attention.make, grad=False)  # the kernels have no backward
+make = functools.partial(packed_attention.make, grad=False)  # test_attention_backward_cuda.py has the gradients
 
 
 def force(monkeypatch, block):
@@ -85,7 +85,7 @@ def test_rope_with_own_tables_for_k():
     check_op(varlen_attention, make([3, 1], [5, 4], dim=8), dict(rope=rope, rope_k=rope_k), backend="cuda", dtype=FP16)
 
 
-def test_gradients_are_torchs():
+def test_gradients():
     check_op(varlen_attention, make([5, 20], grad=True), dict(causal=True, return_lse=True), backend="cuda", dtype=BF16)
 
 
@@ -235,6 +235,34 @@ def test_shape_of_a_block(arch, dim, tokens, longest, rows, keys):
         found = backend.shape(q, 1, longest)
         assert (found.rows, found.keys) == (rows, keys)
         assert found.shared(dim) <= cuda_runtime.shared_bytes(q)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize(
+    "case", ["ragged", "causal, more queries", "causal window", "no keys", "softcap causal", "grouped"]
+)
+def test_split_keys(case, count, monkeypatch):
+    """Parts without a key for anyone, and with keys for some rows only."""
+    force(monkeypatch, Shape(1, 32, 2))
+    monkeypatch.setattr(backend, "parts", lambda *_: count)
+    shapes, options = VARLEN_CASES[case]
+    check_on_machine(varlen_attention, make(**shapes), {**options, "return_lse": True}, BF16)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"), [({}, 13), (dict(left=100, right=100), 1), (dict(prefix=True), 1)], ids=str
+)
+def test_how_often_keys_are_split(options, count):
+    """One query of a long context: as often as gives each processor two blocks; never with a prefix."""
+    q, k = torch.empty(1, 16, 64, dtype=BF16, device="meta"), torch.empty(9000, 4, 64, dtype=BF16, device="meta")
+    cu_q = torch.empty(2, dtype=torch.int32, device="meta")
+    prefix_lens = cu_q[:1] if options.get("prefix") else None
+    window = options.get("left", -1), options.get("right", -1)
+    with cuda_runtime.record(cuda_runtime.TARGETS["sm_80"]) as plans:
+        backend.forward(
+            q, k, k, cu_q, cu_q, 1, -1, 1.0, False, *window, prefix_lens, 0.0, None, None, None, None, False
+        )
+    assert plans[0].grid[2] == count and len(plans) == 1 + (count > 1)
 
 
 def test_opcheck():

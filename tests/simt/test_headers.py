@@ -52,6 +52,36 @@ def test_nvcc_takes_every_function_without_a_warning(arch, tmp_path):
                 assert word in ptx, word
 
 
+@pytest.mark.parametrize("entry", ["box", "product", "ring"])
+def test_nvcc_takes_what_is_sm_90a_alone(entry, tmp_path):
+    try:
+        nvcc = cuda_build.toolkit().nvcc
+    except build.BuildError as err:
+        pytest.skip(str(err))
+    out = tmp_path / "hopper.ptx"
+    words = ["-arch=sm_90a", "-std=c++17", "-Werror", "all-warnings", f"-I{simt.CSRC / 'cuda'}", "-DVLMOPS_NAME=hopper"]
+    words += [
+        "-DVLMOPS_THREADS=160",
+        f"-DVLMOPS_ENTRY_{entry}",
+        "-DVLMOPS_T=fp16",
+        "-DVLMOPS_N=72",
+        "-DVLMOPS_ALONG_N=1",
+    ]
+    source = str(simt.KERNELS / "hopper.cu")
+    run = subprocess.run(
+        [nvcc, *words, source, "-ptx", "-o", str(out)], capture_output=True, text=True, env=simt.environment()
+    )
+    assert run.returncode == 0, run.stderr
+    wanted = {
+        "box": ("cp.async.bulk.tensor.2d", "cp.async.bulk.tensor.3d", "prefetch.tensormap", "mbarrier.try_wait.parity"),
+        "product": ("wgmma.mma_async.sync.aligned.m64n72k16.f32.f16.f16", "wgmma.fence", "mbarrier.arrive.expect_tx"),
+        "ring": ("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", "wgmma.wait_group", "fence.mbarrier_init"),
+    }
+    ptx = out.read_text()
+    for word in wanted[entry]:
+        assert word in ptx, word
+
+
 def test_the_machine_compiles_every_function():
     simt.build_kernel("headers.cu", "every", "every", 128)  # -Wall -Wextra -Werror
 

@@ -95,11 +95,13 @@ class Machine:
         self, kernel: Path, args: Sequence[Any], grid: Sequence[int], block: int, shared: int = 0,
         schedule: int = FORWARD, seed: int = 0,
     ) -> list[str]:  # fmt: skip
-        """Runs a unit built by `build_kernel`. Integers are passed as int32, floats as float32, tensors by address."""
+        """Runs a unit built by `build_kernel`. Integers go as int32, floats as float32, tensors by address, bytes as they are."""
         values: list[Any] = []
         for arg in args:
             if arg is None or isinstance(arg, torch.Tensor):
                 values.append(ctypes.c_void_p(None if arg is None else arg.data_ptr()))
+            elif isinstance(arg, bytes):
+                values.append((ctypes.c_char * len(arg)).from_buffer_copy(arg))
             else:
                 values.append(ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int32(arg))
         pointers = (ctypes.c_void_p * max(1, len(values)))(

@@ -17,7 +17,7 @@ import torch
 
 from vlmops.backends import build, cuda_build
 from vlmops.backends.cuda_errors import CudaError, DriverTooOld, NoDevice, cuda_error
-from vlmops.backends.cuda_plan import Kernel, Plan, Scalar
+from vlmops.backends.cuda_plan import MAP_BYTES, Kernel, Plan, Scalar, TensorMap
 
 __all__ = ["arguments", "code", "launch", "options", "run_in_order", "why_not"]
 
@@ -59,10 +59,37 @@ def options(plan: Plan) -> tuple[str, ...]:
 def arguments(plan: Plan) -> tuple[Any, ...]:
     """The plan's arguments as numpy scalars of their sizes: CuPy hands on their bytes."""
     found: list[Any] = []
-    for arg, slot in zip(plan.args, _eights(plan.packed()), strict=True):
+    maps = plan.maps
+    found += [_encoded(arg) for arg in plan.args[:maps] if isinstance(arg, TensorMap)]
+    for arg, slot in zip(plan.args[maps:], _eights(plan.packed()[maps * MAP_BYTES :]), strict=True):
         kind = _NUMPY[arg.code] if isinstance(arg, Scalar) else np.uint64
         found.append(np.frombuffer(slot, kind, 1)[0])
     return tuple(found)
+
+
+def _encoded(arg: TensorMap) -> Any:
+    """A tensor map as the driver makes it, by value.
+
+    Raises:
+        CudaError: cuda.bindings is not installed, or the driver refuses the map.
+    """
+    try:
+        driver = importlib.import_module("cuda.bindings.driver")
+    except ImportError as err:
+        raise CudaError("tensor maps (sm_90a kernels) need cuda.bindings: pip install cuda-bindings") from err
+    t, dims = arg.tensor, arg.tensor.dim()
+    strides = [driver.cuuint64_t(s * t.element_size()) for s in t.stride()[-2::-1]]
+    error, made = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16, dims, t.data_ptr(),
+        [driver.cuuint64_t(n) for n in t.shape[::-1]], strides, [driver.cuuint32_t(n) for n in arg.box[::-1]],
+        [driver.cuuint32_t(1)] * dims, driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )  # fmt: skip
+    if int(error):
+        raise cuda_error(int(error), f"the driver refuses a tensor map of {list(t.shape)}", "cuTensorMapEncodeTiled")
+    return np.array([int(word) for word in made.opaque], np.uint64).view(f"V{MAP_BYTES}").reshape(())
 
 
 def _eights(data: bytes) -> list[bytes]:

@@ -22,12 +22,13 @@ import torch
 from vlmops.backends import build, cuda_build, native
 from vlmops.backends.cache_dir import cache_dir
 from vlmops.backends.cuda_errors import ArchNotBuilt, DriverTooOld, LibraryDamaged, NoDevice, cuda_error
-from vlmops.backends.cuda_plan import Kernel, Plan
+from vlmops.backends.cuda_plan import MAP_BYTES, Kernel, Plan
 
 __all__ = ["Library", "build_default", "launch", "open_library", "why_not"]
 
 log = logging.getLogger("vlmops")
 _lock = threading.RLock()
+ABI = 2  # csrc/launch/library.h
 
 
 class Library:
@@ -35,13 +36,13 @@ class Library:
 
     def __init__(self, path: str) -> None:
         self._abi = abi = ctypes.CDLL(path)
-        if abi.vlmops_cuda_abi() != 1:
+        if abi.vlmops_cuda_abi() != ABI:
             raise RuntimeError("a kernel library of another version of vlmops")
         abi.vlmops_cuda_kernel_name.restype = abi.vlmops_cuda_error_text.restype = ctypes.c_char_p
         abi.vlmops_cuda_find.restype = ctypes.c_void_p
         abi.vlmops_cuda_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
         abi.vlmops_cuda_launch.argtypes = [
-            ctypes.c_void_p, ctypes.c_int, *[ctypes.c_uint] * 5, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int
+            ctypes.c_void_p, ctypes.c_int, *[ctypes.c_uint] * 5, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int
         ]  # fmt: skip
 
     def kernels(self) -> list[str]:
@@ -72,10 +73,12 @@ class Library:
         return int(self._abi.vlmops_cuda_prepare(kernel, device, shared))
 
     def launch(
-        self, kernel: int, device: int, x: int, y: int, z: int, threads: int, shared: int, stream: int, slots: bytes
-    ) -> int:
-        """Start a kernel; an error number."""
-        args = (kernel, device, x, y, z, threads, shared, stream or None, slots, len(slots) // 8)
+        self, kernel: int, device: int, x: int, y: int, z: int, threads: int, shared: int, stream: int, slots: bytes,
+        maps: int = 0,
+    ) -> int:  # fmt: skip
+        """Start a kernel; an error number. ``maps`` of the arguments are tensor maps."""
+        slots_only = len(slots) - maps * MAP_BYTES
+        args = (kernel, device, x, y, z, threads, shared, stream or None, slots, slots_only // 8, maps)
         return int(self._abi.vlmops_cuda_launch(*args))
 
 
@@ -246,6 +249,7 @@ def launch(plan: Plan, device: torch.device) -> None:
     index = torch.cuda.current_device() if device.index is None else device.index
     library, handle = _kernel(plan.kernel, plan.name, index, plan.shared)
     stream = torch.cuda.current_stream(index).cuda_stream
-    error = library.launch(handle, index, *plan.grid, plan.block, plan.shared, stream, plan.packed())
+    maps = (plan.maps,) if plan.maps else ()
+    error = library.launch(handle, index, *plan.grid, plan.block, plan.shared, stream, plan.packed(), *maps)
     if error:
         raise cuda_error(error, library.error_text(error), plan.name)

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CTYPE", "Kernel", "Out", "Plan", "Scalar", "f32", "i32", "i64", "vector"]
+__all__ = ["CTYPE", "Kernel", "Out", "Plan", "Scalar", "TensorMap", "f32", "i32", "i64", "tensor_of", "vector"]
 
 #: How a kernel's -D macros call a dtype (csrc/cuda/ptx/types.cuh).
 CTYPE = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_VECTOR = 16  # bytes of the widest load
+MAP_BYTES = 128
 
 
 #: What is compiled: source, entry, defines, threads of a block, architecture.
@@ -35,6 +36,43 @@ class Out(NamedTuple):
     """A tensor the kernel writes: the SIMT machine takes it for uninitialised, and writes to any other tensor for errors."""
 
     tensor: Tensor
+
+
+class TensorMap(NamedTuple):
+    """A tensor as TMA reads it (sm_90a), ``const __grid_constant__ TensorMap``. A kernel's maps are its first arguments.
+
+    Args:
+        tensor: 2 or 3 dimensions of 16-bit elements; ``why_not`` says which.
+        box: what one copy brings, as the tensor's dimensions, each at most 256; the last is 64 elements, the 128 bytes of a
+            row in the 128-byte swizzle. What is outside the tensor is zeros.
+    """
+
+    tensor: Tensor
+    box: tuple[int, ...]
+
+    @staticmethod
+    def why_not(t: Tensor) -> str | None:
+        """Why TMA cannot read a tensor; None if it can."""
+        if t.dim() not in (2, 3) or t.element_size() != 2 or t.numel() == 0:
+            return f"TMA reads 2 or 3 dimensions of 16-bit elements, not {str(t.dtype)[6:]}{list(t.shape)}"
+        strides = [s * 2 for s in t.stride()[:-1]]
+        if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 16 or not 0 < s < 1 << 40 for s in strides):
+            return "TMA needs rows that lie together, 16-byte aligned"
+        return None if max(t.shape) < 1 << 31 else f"TMA of {list(t.shape)}: 32-bit coordinates"
+
+    def packed(self) -> bytes:
+        """csrc/simt/hopper.cpp's and csrc/launch/library.cpp's form, the innermost dimension first; 128 bytes."""
+        t, size = self.tensor, self.tensor.element_size()
+        fill = (1,) * (3 - t.dim())
+        sizes, box = (*t.shape[::-1], *fill), (*self.box[::-1], *fill)
+        strides = (size, *(s * size for s in t.stride()[-2::-1]), *(0 for _ in fill))
+        return struct.pack("<Q6q6I48x", t.data_ptr(), *sizes, *strides, *box, t.dim(), size, 3)
+
+
+def tensor_of(arg: Any) -> Tensor | None:
+    """The tensor of an argument; None: it has none."""
+    found = arg.tensor if isinstance(arg, (Out, TensorMap)) else arg
+    return found if isinstance(found, Tensor) else None
 
 
 def i32(value: int) -> Scalar:
@@ -85,7 +123,7 @@ class Plan:
         defines: the specialisation: (name, value) of each -DVLMOPS_<name> macro, always the same names for an entry.
         grid: blocks, three sizes.
         block: threads of a block.
-        args: tensors (read), ``Out`` tensors (written), None (a null pointer), ``i32``/``i64``/``f32`` scalars.
+        args: ``TensorMap``s, tensors (read), ``Out`` tensors (written), None (a null pointer), ``i32``/``i64``/``f32`` scalars.
         shared: bytes of dynamic shared memory.
         arch: least GPU, "sm80"; or the only one, "sm90a".
     """
@@ -95,7 +133,7 @@ class Plan:
     defines: tuple[tuple[str, Any], ...]
     grid: tuple[int, int, int]
     block: int
-    args: tuple[Tensor | Out | Scalar | None, ...]
+    args: tuple[Tensor | Out | Scalar | TensorMap | None, ...]
     shared: int = 0
     arch: str = "sm80"
 
@@ -126,10 +164,19 @@ class Plan:
         """Whether the grid has no block: nothing to launch."""
         return 0 in self.grid
 
+    @property
+    def maps(self) -> int:
+        """How many of the arguments, the first ones, are tensor maps."""
+        return sum(isinstance(arg, TensorMap) for arg in self.args)
+
     def packed(self) -> bytes:
-        """The arguments as the kernel gets them: one 8-byte slot each, little endian, a short value in its first bytes."""
+        """The arguments as the kernel gets them: 128 bytes for each map, then one 8-byte slot each, little endian, a short value
+        in its first bytes."""
+        maps = self.maps
         codes, values = [], []
-        for arg in self.args:
+        for arg in self.args[maps:]:
+            if isinstance(arg, TensorMap):
+                raise ValueError(f"{self.name}: tensor maps are a kernel's first arguments")
             if isinstance(arg, Scalar):
                 codes.append(arg.code)
                 values.append(arg.value)
@@ -137,7 +184,10 @@ class Plan:
                 codes.append("Q")
                 tensor = arg.tensor if isinstance(arg, Out) else arg
                 values.append(0 if tensor is None else tensor.data_ptr())
-        return _slots(tuple(codes)).pack(*values)
+        slots = _slots(tuple(codes)).pack(*values)
+        return (
+            b"".join(arg.packed() for arg in self.args[:maps] if isinstance(arg, TensorMap)) + slots if maps else slots
+        )
 
     def check(self, shared: int) -> None:
         """ValueError where no GPU could launch it, or not one with ``shared`` bytes of shared memory for a block."""
@@ -151,8 +201,8 @@ class Plan:
     def device(self) -> torch.device:
         """Where it runs: the first tensor's device."""
         for arg in self.args:
-            tensor = arg.tensor if isinstance(arg, Out) else arg
-            if isinstance(tensor, Tensor):
+            tensor = tensor_of(arg)
+            if tensor is not None:
                 return tensor.device
         raise ValueError(f"{self.name}: no tensor among the arguments")
 

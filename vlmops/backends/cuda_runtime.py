@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from vlmops.backends import BackendError
-from vlmops.backends.cuda_plan import CTYPE, Out, Plan, f32, i32, i64, vector
+from vlmops.backends.cuda_plan import CTYPE, Out, Plan, TensorMap, f32, i32, i64, vector
 
 __all__ = [
-    "CTYPE", "EXECUTORS", "TARGETS", "Out", "Plan", "Target", "assume", "executor", "f32", "i32", "i64", "processors", "record",
-    "run", "shared_bytes", "target", "vector", "why_not",
+    "CTYPE", "EXECUTORS", "TARGETS", "Out", "Plan", "Target", "TensorMap", "assume", "executor", "f32", "i32", "i64",
+    "processors", "record", "run", "shared_bytes", "target", "vector", "why_not",
 ]  # fmt: skip
 
 #: Modules with ``why_not(device) -> str | None``, ``launch(plan, device)`` and the context manager ``run_in_order()`` around the

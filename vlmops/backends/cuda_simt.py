@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmops.backends import BackendError, build, cuda_build, native
-from vlmops.backends.cuda_plan import Kernel, Out, Plan
+from vlmops.backends.cuda_plan import MAP_BYTES, Kernel, Out, Plan, tensor_of
 
 __all__ = ["SCHEDULES", "Count", "SimtError", "count", "launch", "prepare", "run_in_order", "schedule", "why_not"]
 
@@ -175,8 +175,8 @@ _known: set[int] = set()  # addresses of what the launches of this run have writ
 
 def _register(library: ctypes.CDLL, plan: Plan) -> None:
     for i, arg in enumerate(plan.args):
-        tensor = arg.tensor if isinstance(arg, Out) else arg
-        if not isinstance(tensor, Tensor) or tensor.numel() == 0 or tensor.data_ptr() in _known:
+        tensor = tensor_of(arg)
+        if tensor is None or tensor.numel() == 0 or tensor.data_ptr() in _known:
             continue
         name = f"argument {i} {str(tensor.dtype)[6:]}{list(tensor.shape)}"
         if isinstance(arg, Out):
@@ -194,8 +194,11 @@ def launch(plan: Plan, device: torch.device) -> None:
     """
     library, entry = _machine(), _entry(plan.kernel, plan.name)
     _register(library, plan)
-    slots = ctypes.create_string_buffer(plan.packed())
-    args = (ctypes.c_void_p * len(plan.args))(*(ctypes.addressof(slots) + 8 * i for i in range(len(plan.args))))
+    slots, maps = ctypes.create_string_buffer(plan.packed()), plan.maps
+    begin = ctypes.addressof(slots)
+    places = [begin + MAP_BYTES * i for i in range(maps)]
+    places += [begin + MAP_BYTES * maps + 8 * i for i in range(len(plan.args) - maps)]
+    args = (ctypes.c_void_p * len(places))(*places)
     grid, block = (ctypes.c_uint32 * 3)(*plan.grid), (ctypes.c_uint32 * 3)(plan.block, 1, 1)
     library.vlmops_simt_clear_reports()
     library.vlmops_simt_clear_counters()

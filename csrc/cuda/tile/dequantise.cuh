@@ -69,9 +69,7 @@ struct Codes<Code::fp8> {
     }
   }
   // Not 0 where one of the bytes is 0x7f or 0xff, which stand for NaN and which `decode` does not know.
-  VLMOPS_DEVICE_MEMBER static uint32_t nan(uint32_t word) {
-    return ((word & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
-  }
+  VLMOPS_DEVICE_MEMBER static uint32_t nan(uint32_t word) { return ((word & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u; }
 };
 
 // A weight [N, K] in few bits, its rows `stride` bytes apart; scale and zero [groups, N]. Zero may be null.
@@ -83,10 +81,10 @@ struct PackedWeight {
   int n;
 };
 
-// Columns n0 .. n0 + Columns of a product as GemmTile::run_of has its sources: 16 bytes of the weight an access, decoded
-// to T on their way into the tile. A step along k is 64 columns; an int4 access serves two steps, one half of each byte
-// to a step. Group 0: without the scale, which is then the same for a column of the product. Columns past n are the last
-// one again.
+// Columns n0 .. n0 + Columns of a product as GemmTile::run_of has its sources: 16 bytes of the weight an access,
+// decoded to T on their way into the tile. A step along k is 64 columns; an int4 access serves two steps, one half of
+// each byte to a step. Group 0: without the scale, which is then the same for a column of the product. Columns past n
+// are the last one again.
 template <class T, Code C, int Group, int Columns, int Threads>
 struct DequantisedRows {
   static constexpr int kStep = 64, kAtOnce = Threads / 4, kEach = Columns / kAtOnce;

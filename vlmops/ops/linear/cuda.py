@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import CTYPE, Out, Plan, i32, i64, vector
+from vlmops.ops.linear import cuda_sm90
 
 FEW = 4  # rows up to which the weight is streamed past sums instead of tiles
 WARP = 32
@@ -125,6 +126,8 @@ def forward_plan(
             "linear.cu", "linear_gemm_float", (*common, ("OUT", each)), (-(-m // FLOAT_TILE) * -(-n // FLOAT_TILE), 1, 1),
             FLOAT_THREADS, (*tensors, *strides, *sizes),
         )  # fmt: skip
+    if cuda_sm90.wanted(x, weight, m, n, k):
+        return cuda_sm90.plan(x, weight, tensors[2:], (strides[2], *sizes), activation, scale, each)
     tile = tile_of(m, n, processors)
     return Plan(
         "linear.cu", "linear_gemm", (*common, ("OUT", each), *tile.defines),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vlmops.ops._shared import cuda_sm90
 from vlmops.ops.linear import cuda as kernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,6 +27,12 @@ def _forward(
     kernels.forward(*args)
 
 
+def _sm90(device: str, rows: int, **options: Any) -> None:
+    """On sm_90a and on the machine: by wgmma."""
+    with cuda_sm90.only():
+        _forward(device, rows, **options)
+
+
 def cases() -> Iterator[tuple[str, Callable[[str, int], Any]]]:
     """(label, run) of each; ``run(device, rows)``."""
     for activation in ("", "gelu"):
@@ -36,6 +43,9 @@ def cases() -> Iterator[tuple[str, Callable[[str, int], Any]]]:
     yield "forward bfloat16 50 rows", partial(_forward, dtype=BF16, activation="", few=50)
     yield "forward bfloat16 16 rows", partial(_forward, dtype=BF16, activation="", few=16)
     yield "forward float32", partial(_forward, dtype=FP32, activation="gelu", everything=True)
+    yield "sm90 bfloat16 gelu", partial(_sm90, dtype=BF16, activation="gelu")
+    yield "sm90 float16 everything", partial(_sm90, dtype=FP16, activation="gelu", everything=True)
+    yield "sm90 bfloat16 50 rows", partial(_sm90, dtype=BF16, activation="", few=50)
     for dtype, rows in ((BF16, 1), (FP16, 1), (BF16, 4), (FP32, 4)):
         label = f"forward {str(dtype)[6:]} {rows} row{'s' * (rows > 1)}"
         yield (
