@@ -51,7 +51,7 @@ def test_compiles_as_budgeted(op, budget):
         cuda_build.toolkit()
     except build.BuildError as err:
         pytest.skip(str(err))
-    run("--check", "--op", op, "--jobs", "1")
+    run("--check", "--quick", "--op", op, "--jobs", "1")
 
 
 @pytest.mark.slow
@@ -64,6 +64,19 @@ def test_nvrtc_compiles_every_specialisation(op):
     except Exception as err:  # the bindings are there, the library is not
         pytest.skip(f"pip install nvidia-cuda-nvrtc: {err}")
     run("--nvrtc", "--op", op)
+
+
+def test_a_quick_check_has_every_kernel_and_every_architecture(tool):
+    """Each kernel on two architectures, or on the one it is for; over an op's kernels each architecture has its turn."""
+    seen = set()
+    for op in ("linear", "rotary", "varlen_attention"):
+        every, quick = tool.compiled(op, None, False), tool.compiled(op, None, True)
+        archs = {key: [a for k, a, _ in every if k == key] for key, _, _ in every}
+        for key, all_of_it in archs.items():
+            chosen = [a for k, a, _ in quick if k == key]
+            assert len(chosen) == min(2, len(all_of_it)) and chosen[0] == all_of_it[0]
+        seen |= {a for _, a, _ in quick}
+    assert seen == set(TARGETS)
 
 
 def test_every_op_with_kernels_has_a_budget(budget):
