@@ -164,7 +164,8 @@ def tests_of(file: str) -> list[str]:
     for source in sorted(sources, key=lambda s: (s != file, (CUDA / s).stat().st_size)):
         stem = source.removesuffix(".cu")
         stem = SHARED.get(stem, stem)
-        found += sorted((ROOT / "tests" / "ops").glob(f"test_{stem}_cuda*.py"))
+        name = f"test_{stem}.py" if stem.endswith("_sm90") else f"test_{stem}_cuda*.py"
+        found += sorted((ROOT / "tests" / "ops").glob(name))
     return [str(p.relative_to(ROOT)) for p in dict.fromkeys(found)]
 
 
