@@ -24,9 +24,13 @@ __all__ = [
     "aligned",
     "parts",
     "positive_scale",
+    "score_scales",
+    "sequence_slots",
     "shape",
     "split_plans",
+    "tiles_are_few",
     "why_not",
+    "window_bounds",
 ]
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -39,6 +43,7 @@ MAX_HEADS = 65535  # second size of a grid
 LOG2E = math.log2(math.e)
 LEAST_TILES = 4  # tiles of keys that are worth a block of their own
 MOST_PARTS = 64
+UNBOUNDED = 1 << 30  # of a window
 
 
 @dataclass(frozen=True)
@@ -92,16 +97,41 @@ def shape(q: Tensor, sequences: int, longest: int) -> Shape:
         sequences: how many.
         longest: rows of the longest sequence, if known on the host, or <= 0.
     """
-    tokens, heads, dim = q.shape
+    dim = q.shape[2]
     if dim > 128:
         return Shape(atoms=1, keys=32, stages=2)
-    short = (0 < longest <= 64) or tokens // max(1, sequences) <= 96
-    idle = -(-tokens // 128) * heads < cuda_runtime.processors(q)
-    atoms = 1 if short or idle else 2
+    atoms = 1 if tiles_are_few(q, sequences, longest) else 2
     found = Shape(atoms, 48 if atoms == 2 and dim > 96 else 64, 2)  # 64 keys beside such heads do not fit the registers
     if 2 * found.shared(dim) > cuda_runtime.shared_bytes(q):  # two blocks a processor
         found = Shape(found.atoms, 32, 2)
     return found
+
+
+def tiles_are_few(q: Tensor, sequences: int, longest: int) -> bool:
+    """Whether tiles of 128 rows of q [T, H, D] are too wide for its sequences or too few for the GPU; arguments as for ``shape``."""
+    tokens, heads, _ = q.shape
+    short = (0 < longest <= 64) or tokens // max(1, sequences) <= 96
+    return short or -(-tokens // 128) * heads < cuda_runtime.processors(q)
+
+
+def sequence_slots(tokens: int, sequences: int, longest: int, rows: int) -> tuple[int, int]:
+    """The grid of packed sequences in tiles of ``rows``: (slots, slots of each sequence).
+
+    As many for each as the longest has tiles, where that is known (> 0) and no more slots; else 0, and a sequence has as
+    many as its own length asks for (csrc/cuda/tile/segments.cuh).
+    """
+    slots, each = tokens // rows + sequences, -(-longest // rows)
+    return (sequences * each, each) if longest > 0 and sequences * each <= slots else (slots, 0)
+
+
+def window_bounds(left: int, right: int) -> list[int]:
+    """The kernels' ``left`` and ``right`` of a window, where -1 is unbounded."""
+    return [UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in (left, right)]
+
+
+def score_scales(scale: float, softcap: float) -> tuple[float, float]:
+    """The kernels' factor on q k^T and ``cap``, in units of log2."""
+    return (2 * LOG2E * scale / softcap, softcap * LOG2E) if softcap > 0.0 else (scale * LOG2E, 0.0)
 
 
 def aligned(x: Tensor) -> Tensor:

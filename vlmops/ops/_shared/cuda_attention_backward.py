@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import CTYPE, Out, Plan, i32, i64
-from vlmops.ops._shared.cuda_attention import LOG2E, THREADS, WARPS, aligned
+from vlmops.ops._shared.cuda_attention import THREADS, WARPS, aligned, tiles_are_few
 
-__all__ = ["GradShape", "grad_shape", "gradient_fits", "row_stats", "score_scales"]
+__all__ = ["GradShape", "grad_shape", "gradient_fits", "gradient_of", "row_stats"]
 
 MAX_HEAD_DIM = 128  # dk and dv of larger heads do not fit a warp's registers
 STATS_ROWS = 32 * WARPS  # rows of a block of attention_stats
@@ -63,10 +62,10 @@ def grad_shape(q: Tensor, sequences: int, longest: int, keys: bool) -> GradShape
         sequences: how many.
         longest: rows (keys) of the longest sequence, if known on the host, or <= 0.
     """
-    tokens, heads, dim = q.shape
-    short = (0 < longest <= 64) or tokens // max(1, sequences) <= 96
-    idle = -(-tokens // 128) * heads < cuda_runtime.processors(q)
-    if short or idle or dim > (64 if keys else 96):  # two atoms of larger heads do not fit the registers
+    dim = q.shape[2]
+    if tiles_are_few(q, sequences, longest) or dim > (
+        64 if keys else 96
+    ):  # two atoms of larger heads do not fit the registers
         return GradShape(1, 32, 32)
     return GradShape(2, 32, 32 if dim <= 64 and not keys else 16)
 
@@ -92,8 +91,3 @@ def row_stats(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | Non
 def gradient_of(out: Tensor, grad: Tensor | None) -> Tensor:
     """The gradient of out [T, H, D] as the kernels read it; zeros for None."""
     return torch.zeros_like(out) if grad is None else aligned(grad)
-
-
-def score_scales(scale: float, softcap: float) -> tuple[float, float]:
-    """The kernels' ``score_scale`` and ``cap``."""
-    return (2 * LOG2E * scale / softcap, softcap * LOG2E) if softcap > 0.0 else (scale * LOG2E, 0.0)

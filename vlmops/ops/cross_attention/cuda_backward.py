@@ -11,13 +11,12 @@ from torch.nn import functional
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import Out, Plan, f32, i32, i64
-from vlmops.ops._shared.cuda_attention import THREADS, aligned
+from vlmops.ops._shared.cuda_attention import THREADS, aligned, score_scales
 from vlmops.ops._shared.cuda_attention_backward import (
     grad_shape,
     gradient_fits,
     gradient_of,
     row_stats,
-    score_scales,
 )
 from vlmops.ops.cross_attention import composition
 from vlmops.ops.cross_attention.key_ranges import key_ranges

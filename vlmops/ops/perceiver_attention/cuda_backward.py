@@ -14,13 +14,12 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import Out, Plan, f32, i32, i64
-from vlmops.ops._shared.cuda_attention import THREADS, aligned
+from vlmops.ops._shared.cuda_attention import THREADS, aligned, score_scales
 from vlmops.ops._shared.cuda_attention_backward import (
     grad_shape,
     gradient_fits,
     gradient_of,
     row_stats,
-    score_scales,
 )
 from vlmops.ops.perceiver_attention import composition
 from vlmops.ops.varlen_attention.cuda_backward import segment_gradients

@@ -12,23 +12,23 @@ from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import Out, Plan, f32, i32, i64
 from vlmops.ops._shared.checks import cu_seqlens_list
 from vlmops.ops._shared.cuda_attention import (
-    LOG2E,
     THREADS,
     Shape,
     aligned,
     parts,
     positive_scale,
+    score_scales,
+    sequence_slots,
     shape,
     split_plans,
     why_not,
+    window_bounds,
 )
 from vlmops.ops.rotary.cuda import rotate_heads
 from vlmops.ops.varlen_attention import cuda_sm90
 from vlmops.ops.varlen_attention.cuda_backward import backward
 
 __all__ = ["Shape", "backward", "forward", "shape", "supports"]
-
-UNBOUNDED = 1 << 30
 
 
 def supports(
@@ -74,15 +74,11 @@ def forward_plans(
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     (tokens, heads, dim), n = q.shape, cu_seqlens_q.shape[0] - 1
     block = shape(q, n, max_seqlen_q)
-    # A sequence's share of the grid: as many slots as the longest has tiles, or as its own length asks for.
-    slots, per_sequence = tokens // block.rows + n, 0
-    if max_seqlen_q > 0 and n * -(-max_seqlen_q // block.rows) <= slots:
-        per_sequence = -(-max_seqlen_q // block.rows)
-        slots = n * per_sequence
+    slots, per_sequence = sequence_slots(tokens, n, max_seqlen_q, block.rows)
     if prefix_lens is not None:
         prefix_lens = prefix_lens.to(torch.int32).contiguous()
-    bounds = [UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in (left, 0 if causal else right)]
-    scaled = (2 * LOG2E * scale / softcap, softcap * LOG2E) if softcap > 0.0 else (scale * LOG2E, 0.0)
+    bounds = window_bounds(left, 0 if causal else right)
+    scaled = score_scales(scale, softcap)
     seen = min(k.shape[0] / max(1, n), block.rows + sum(bounds))
     count = parts(q, slots * heads, seen, block.keys) if prefix_lens is None else 1
     if count == 1 and cuda_sm90.wanted(q, k, v):

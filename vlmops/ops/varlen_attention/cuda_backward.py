@@ -10,21 +10,17 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import Out, Plan, f32, i32, i64
-from vlmops.ops._shared.cuda_attention import THREADS, aligned
+from vlmops.ops._shared.cuda_attention import THREADS, aligned, score_scales, sequence_slots, window_bounds
 from vlmops.ops._shared.cuda_attention_backward import (
-    GradShape,
     grad_shape,
     gradient_fits,
     gradient_of,
     row_stats,
-    score_scales,
 )
 from vlmops.ops.rotary.cuda import rotate_heads
 from vlmops.ops.varlen_attention import composition
 
 __all__ = ["backward", "segment_gradients"]
-
-UNBOUNDED = 1 << 30
 
 
 def backward(
@@ -96,11 +92,11 @@ def segment_gradients(
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     if prefix_lens is not None:
         prefix_lens = prefix_lens.to(torch.int32).contiguous()
-    bounds = [UNBOUNDED if side < 0 else min(side, UNBOUNDED) for side in window]
+    bounds = window_bounds(*window)
 
     def plan(entry: str, outs: tuple[Tensor, ...], own: Tensor, longest: int, keys: bool) -> Plan:
         block = grad_shape(own, n, longest, keys)
-        slots, per_sequence = _slots(block, own.shape[0], n, longest)
+        slots, per_sequence = sequence_slots(own.shape[0], n, longest, block.own)
         return Plan(
             "varlen_attention_backward.cu", entry, (*block.defines(q), ("SOFTCAP", softcap > 0.0)),
             (slots if own.shape[0] else 0, own.shape[1] if n else 0, 1), THREADS,
@@ -117,11 +113,3 @@ def segment_gradients(
     if wanted[0]:
         plans.append(plan("varlen_attention_dq", (dq,), q, max_q, False))
     return (dq, dk, dv), plans
-
-
-def _slots(block: GradShape, tokens: int, n: int, longest: int) -> tuple[int, int]:
-    """Blocks of a head, and those of each sequence: as many as the longest has tiles, or 0: as its own length asks for."""
-    slots = tokens // block.own + n
-    if longest > 0 and n * -(-longest // block.own) <= slots:
-        return n * -(-longest // block.own), -(-longest // block.own)
-    return slots, 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vlmops.backends.cuda_runtime import CTYPE, Out, Plan, TensorMap, f32, i32
 from vlmops.ops._shared import cuda_sm90
+from vlmops.ops._shared.cuda_attention import sequence_slots
 
 __all__ = ["DIMS", "plan", "wanted"]
 
@@ -31,10 +32,7 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The launch; ``cu_seqlens`` and ``prefix_lens`` are int32 and dense, ``bounds``: the window, ``scaled``: as in cuda.py."""
     (tokens, heads, dim), n = q.shape, cu_seqlens_q.shape[0] - 1
-    slots, per_sequence = tokens // ROWS + n, 0
-    if max_seqlen_q > 0 and n * -(-max_seqlen_q // ROWS) <= slots:
-        per_sequence = -(-max_seqlen_q // ROWS)
-        slots = n * per_sequence
+    slots, per_sequence = sequence_slots(tokens, n, max_seqlen_q, ROWS)
     row = -(-dim // WIDE) * WIDE * q.element_size()  # bytes of a token in shared memory
     count = cuda_sm90.stages(q, 2 * KEYS * row, MOST_STAGES, ROWS * row)
     return Plan(
