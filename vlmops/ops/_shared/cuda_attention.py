@@ -108,7 +108,7 @@ def shape(q: Tensor, sequences: int, longest: int) -> Shape:
 
 
 def tiles_are_few(q: Tensor, sequences: int, longest: int) -> bool:
-    """Whether tiles of 128 rows of q [T, H, D] are too wide for its sequences or too few for the GPU; arguments as for ``shape``."""
+    """Whether tiles of 128 rows of q [T, H, D] are too wide for its sequences or too few for the GPU (arguments: ``shape``)."""
     tokens, heads, _ = q.shape
     short = (0 < longest <= 64) or tokens // max(1, sequences) <= 96
     return short or -(-tokens // 128) * heads < cuda_runtime.processors(q)

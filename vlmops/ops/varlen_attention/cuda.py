@@ -27,6 +27,7 @@ from vlmops.ops._shared.cuda_attention import (
 from vlmops.ops.rotary.cuda import rotate_heads
 from vlmops.ops.varlen_attention import cuda_sm90
 from vlmops.ops.varlen_attention.cuda_backward import backward
+from vlmops.ops.varlen_attention.rope import rotated
 
 __all__ = ["Shape", "backward", "forward", "shape", "supports"]
 
@@ -50,12 +51,7 @@ def forward(
     if q.device.type == "cpu":
         cu_seqlens_list("cu_seqlens_q", cu_seqlens_q, tq)
         cu_seqlens_list("cu_seqlens_k", cu_seqlens_k, tk)
-    if cos_q is not None and sin_q is not None and cos_k is not None and sin_k is not None:
-        if cos_q is cos_k and sin_q is sin_k:
-            q, k = rotate_heads(q, k, cos_q, sin_q, interleaved, False)
-        else:
-            q = rotate_heads(q, None, cos_q, sin_q, interleaved, False)[0]
-            k = rotate_heads(k, None, cos_k, sin_k, interleaved, False)[0]
+    q, k = rotated(rotate_heads, q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
     if softcap <= 0.0:
         q, scale = positive_scale(q, scale)
     out = q.new_empty(tq, heads, dim)

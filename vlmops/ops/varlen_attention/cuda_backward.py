@@ -19,6 +19,7 @@ from vlmops.ops._shared.cuda_attention_backward import (
 )
 from vlmops.ops.rotary.cuda import rotate_heads
 from vlmops.ops.varlen_attention import composition
+from vlmops.ops.varlen_attention.rope import rotated
 
 __all__ = ["backward", "segment_gradients"]
 
@@ -32,7 +33,7 @@ def backward(
     if not gradient_fits(q):
         return composition.backward(grads, outs, args, needs)
     out, lse = outs
-    q, k = _rotated(q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
+    q, k = rotated(rotate_heads, q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
     grad_out = gradient_of(out, grads[0])
     stats, plan = row_stats(aligned(out), grad_out, lse, grads[1])
     (dq, dk, dv), plans = segment_gradients(
@@ -45,28 +46,13 @@ def backward(
     return [dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None]
 
 
-def _rotated(
-    q: Tensor, k: Tensor, cos_q: Tensor | None, sin_q: Tensor | None, cos_k: Tensor | None, sin_k: Tensor | None,
-    interleaved: bool, inverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k turned by their tables (back with ``inverse``), in one pass where they share them."""
-    if cos_q is None or sin_q is None or cos_k is None or sin_k is None:
-        return q, k
-    if cos_q is cos_k and sin_q is sin_k:
-        return rotate_heads(q, k, cos_q, sin_q, interleaved, inverse)
-    return (
-        rotate_heads(q, None, cos_q, sin_q, interleaved, inverse)[0],
-        rotate_heads(k, None, cos_k, sin_k, interleaved, inverse)[0],
-    )
-
-
 def _rotated_back(
     dq: Tensor, dk: Tensor, needs: Sequence[bool], cos_q: Tensor, sin_q: Tensor, cos_k: Tensor, sin_k: Tensor,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dq and dk turned back, those that are needed: the others were never written."""
     if needs[0] and needs[1]:
-        return _rotated(dq, dk, cos_q, sin_q, cos_k, sin_k, interleaved, True)
+        return rotated(rotate_heads, dq, dk, cos_q, sin_q, cos_k, sin_k, interleaved, True)
     if needs[0]:
         dq = rotate_heads(dq, None, cos_q, sin_q, interleaved, True)[0]
     elif needs[1]:

@@ -27,6 +27,7 @@ from vlmops.ops._shared.triton_attention_launch import (
 )
 from vlmops.ops._shared.triton_schedule import tile_slots
 from vlmops.ops.rotary.triton import rotate_heads
+from vlmops.ops.varlen_attention.rope import rotated
 from vlmops.ops.varlen_attention.triton_backward import varlen_dkdv_kernel, varlen_dq_kernel
 from vlmops.ops.varlen_attention.triton_forward import varlen_forward_kernel
 
@@ -64,7 +65,7 @@ def forward(
     if q.device.type == "cpu":
         cu_seqlens_list("cu_seqlens_q", cu_seqlens_q, tq)
         cu_seqlens_list("cu_seqlens_k", cu_seqlens_k, tk)
-    q, k = _rotated(q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
+    q, k = rotated(rotate_heads, q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = q.new_empty(tq, heads, dim)
     lse = torch.empty(heads, tq, dtype=torch.float32, device=q.device)
@@ -90,21 +91,6 @@ def forward(
     return out, lse
 
 
-def _rotated(
-    q: Tensor, k: Tensor, cos_q: Tensor | None, sin_q: Tensor | None, cos_k: Tensor | None, sin_k: Tensor | None,
-    interleaved: bool, inverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k turned by their tables (back with ``inverse``), in one pass where they share them."""
-    if cos_q is None or sin_q is None or cos_k is None or sin_k is None:
-        return q, k
-    if cos_q is cos_k and sin_q is sin_k:
-        return rotate_heads(q, k, cos_q, sin_q, interleaved, inverse)
-    return (
-        rotate_heads(q, None, cos_q, sin_q, interleaved, inverse)[0],
-        rotate_heads(k, None, cos_k, sin_k, interleaved, inverse)[0],
-    )
-
-
 def backward(
     grads: Sequence[Tensor | None], outs: Sequence[Tensor], args: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -112,7 +98,7 @@ def backward(
     (q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, left, right, prefix_lens, softcap, cos_q, sin_q, cos_k, sin_k,
      interleaved) = args  # fmt: skip
     out, lse = outs
-    q, k = _rotated(q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
+    q, k = rotated(rotate_heads, q, k, cos_q, sin_q, cos_k, sin_k, interleaved, False)
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     grad_out = torch.zeros_like(out) if grads[0] is None else dense_rows(grads[0])
     delta = row_sums(out, grad_out, grads[1])
@@ -122,7 +108,7 @@ def backward(
         (needs[0], needs[1] or needs[2]),
     )  # fmt: skip
     if cos_q is not None:
-        dq, dk = _rotated(dq, dk, cos_q, sin_q, cos_k, sin_k, interleaved, True)
+        dq, dk = rotated(rotate_heads, dq, dk, cos_q, sin_q, cos_k, sin_k, interleaved, True)
     return [dq if needs[0] else None, dk if needs[1] else None, dv if needs[2] else None]
 
 
