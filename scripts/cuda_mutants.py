@@ -103,8 +103,6 @@ def _changes(code: str) -> list[tuple[str, int, int, str]]:
     ]
     leaves = LEAVES.search(code) is not None  # the guard is for leaving: deleted, nobody leaves
     for m in COMPARISON.finditer(code):
-        if _in_template(code, m.start()):
-            continue
         passes = m[1].startswith("<") != leaves
         found.append(("guard", m.end(), m.end(), f"{FAR} + " if passes else f"-{FAR} + "))
     for m in CLAMP.finditer(code):
@@ -112,11 +110,6 @@ def _changes(code: str) -> list[tuple[str, int, int, str]]:
         if inner is not None and "kWarp" not in code[m.end() : inner[1]]:
             found.append(("clamp", m.start(), inner[1] + 1, f"({code[m.end() : inner[0]]})"))
     return sorted(found, key=lambda c: c[1:])
-
-
-def _in_template(code: str, at: int) -> bool:
-    """Whether a < or > at this place belongs to template arguments ("name <" never has a space before it)."""
-    return code[at] != " "
 
 
 def _arguments(code: str, begin: int) -> tuple[int, int] | None:

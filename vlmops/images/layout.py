@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["Layout", "View", "contain", "cut_sizes", "render"]
+__all__ = ["Layout", "View", "contain", "render"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,6 @@ def contain(height: int, width: int, box: tuple[int, int]) -> tuple[int, int]:
     if by_width < by_height:
         return min(math.ceil(height * by_width), box[0]), box[1]
     return box[0], min(math.ceil(width * by_height), box[1])
-
-
-def cut_sizes(length: int, tile: int) -> list[int]:
-    """Lengths of the pieces, the last one what is left."""
-    return [min(tile, length - at) for at in range(0, length, tile)]
 
 
 def render(image: Image.Image, view: View, fill: tuple[int, int, int], resample: Image.Resampling) -> list[Tensor]:

@@ -21,13 +21,11 @@ from vlmops.ops._shared.cuda_attention import (
     split_plans,
     why_not,
 )
-from vlmops.ops.cross_attention.cuda_backward import backward
+from vlmops.ops.cross_attention.cuda_backward import RUN_BYTES, backward
 from vlmops.ops.cross_attention.key_ranges import check_media_index
 from vlmops.ops.varlen_attention import cuda as packed
 
 __all__ = ["backward", "forward", "supports"]
-
-RUN_BYTES = 8  # of a row's run, in shared memory
 
 
 def supports(

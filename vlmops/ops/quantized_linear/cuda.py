@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmops.backends import cuda_runtime
 from vlmops.backends.cuda_runtime import CTYPE, Out, Plan, i32, i64, vector
-from vlmops.ops.linear.cuda import Tile, tile_of
+from vlmops.ops.linear.cuda import Tile, flatten, tile_of
 
 FEW = 8  # rows up to which the weight is streamed past sums instead of tiles
 WARP = 32
@@ -44,22 +44,16 @@ def supports(
     return cuda_runtime.why_not(x)
 
 
-def _flatten(x: Tensor) -> Tensor:
-    """[..., C] as [rows, C] with unit stride inside a row, also where there are no elements."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return x if x.stride(-1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
 def forward(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, kind: str, group_size: int, columns: int,
     bias: Tensor | None, activation: str, gate: Tensor | None, row_mask: Tensor | None, residual: Tensor | None,
     quantize_activations: bool,
 ) -> Tensor:  # fmt: skip
     """[..., N] in x's dtype."""
-    rows = _flatten(x)
+    rows = flatten(x)
     out = x.new_empty(rows.shape[0], data.shape[0])
     if out.numel():
-        residual = None if residual is None else _flatten(residual)
+        residual = None if residual is None else flatten(residual)
         row_mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
         plan = forward_plan(rows, data, scale, zero, kind, group_size, bias, activation, gate, row_mask, residual, out)
         cuda_runtime.run([plan])
