@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.scripts import load_script
 from vlmops.backends import build, cuda_build
 from vlmops.backends.cuda_runtime import TARGETS
 from vlmops.ops._shared.cuda_kernels import ops_with_kernels
@@ -23,11 +23,7 @@ OPS = ops_with_kernels()
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("cuda_budget", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cuda_budget")
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,16 @@
 """scripts/cuda_mutants.py: what it finds to break, and that what it wrote down belongs to these sources."""
 
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("cuda_mutants", ROOT / "scripts" / "cuda_mutants.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_mutants"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cuda_mutants")
 
 
 @pytest.mark.parametrize(("line", "changed"), [

@@ -1,17 +1,15 @@
 """scripts/cuda_verify.py: the static verifier agrees where the kernel is right, and does not where a barrier is gone."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.scripts import load_script
 from vlmops.backends import build, cuda_build
 from vlmops.ops.norms import cuda as norms
 
-ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("sentryward", reason="sentryward is not installed")
 pytestmark = pytest.mark.slow
 
@@ -22,10 +20,7 @@ def tool():
         cuda_build.toolkit()
     except build.BuildError as err:
         pytest.skip(str(err))
-    spec = importlib.util.spec_from_file_location("cuda_verify", ROOT / "scripts" / "cuda_verify.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cuda_verify")
 
 
 def plan():

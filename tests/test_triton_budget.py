@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.scripts import load_script
 
 pytest.importorskip("triton")
 
@@ -39,11 +40,8 @@ MMA_SYNC = {
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("triton_budget", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     interpret = os.environ.get("TRITON_INTERPRET")
-    spec.loader.exec_module(module)  # it turns the interpreter off for its own process
+    module = load_script("triton_budget")  # it turns the interpreter off for its own process
     if interpret is not None:
         os.environ["TRITON_INTERPRET"] = interpret
     return module

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from tests.support.scripts import load_script
 from vlmops.demo import tiny
 from vlmops.demo.tiny import scenes
 from vlmops.demo.tiny.architecture import IMAGE_TOKENS, build_model, build_processor
 from vlmops.demo.tiny.evaluation import answer, evaluation_set, score
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_tiny_model.py"
 SPLITS = ("train", "held_out")
 
 
@@ -31,12 +28,7 @@ def checkpoint():
 def training():
     """The training script as a module; it sets the global seed and thread count, which are put back."""
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    spec = importlib.util.spec_from_file_location("train_tiny_model", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    yield load_script("train_tiny_model")
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
 
