@@ -5,9 +5,11 @@ A preset (``presets.py``) is a value of ``VLMConfig``; a checkpoint's ``config.j
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-__all__ = ["ConnectorConfig", "CrossConfig", "DecoderConfig", "RopeScaling", "VisionConfig"]
+__all__ = ["ConnectorConfig", "CrossConfig", "DecoderConfig", "RopeScaling", "VLMConfig", "VisionConfig", "VqConfig"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class ConnectorConfig:
         width: channels inside "qformer"; 0: ``in_width``.
         cross_every: "qformer": each so many layers one has cross-attention.
         image_positions: "resampler": patches on a side its positions are made for; others are interpolated.
+        qk_norm: "perceiver": a LayerNorm of each query and key head (Idefics).
     """
 
     kind: str
@@ -124,6 +127,7 @@ class ConnectorConfig:
     width: int = 0
     cross_every: int = 2
     image_positions: int = 16
+    qk_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class CrossConfig:
         gated: whether that is a gated MLP (Idefics).
         norm: "layer_norm" (Flamingo) or "rms_norm" (Idefics).
         norm_eps: of both norms.
+        first: the first block that has one in front: 0 (Idefics), or ``every`` - 1 (OpenFlamingo).
+        qk_norm: an RMSNorm of each query and key head (Idefics).
     """
 
     width: int
@@ -152,6 +158,12 @@ class CrossConfig:
     gated: bool = False
     norm: str = "layer_norm"
     norm_eps: float = 1e-5
+    first: int = 0
+    qk_norm: bool = False
+
+    def stands(self, layer: int) -> bool:
+        """Whether one stands in front of a decoder's block."""
+        return layer >= self.first and (layer - self.first) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model: Llama and Vicuna, Mistral, Qwen, Gemma 2.
+    """A decoder-only language model: Llama and Vicuna, Mistral, Qwen, Gemma 2, OPT, Persimmon, Chameleon's.
 
     Args:
         vocab: tokens.
@@ -188,14 +200,25 @@ class DecoderConfig:
         heads: query heads.
         kv_heads: key and value heads; None: ``heads``.
         head_dim: channels of a head; None: width // heads.
-        mlp_width: hidden channels of the gated MLP.
-        activation: "silu", or "gelu_tanh" (Gemma).
-        norm_eps: of every RMSNorm.
-        norm_offset: added to a norm's weight (Gemma: 1).
+        mlp_width: hidden channels of the MLP.
+        activation: of the MLP: "silu", "gelu_tanh" (Gemma), "relu" (OPT), "relu2": relu(x)^2 (Persimmon), ...
+        gated: act(gate) * up; else act(up) (OPT, Persimmon).
+        norm: "rms_norm", or "layer_norm" (OPT, Persimmon).
+        norm_eps: of every norm but ``qk_norm``.
+        norm_offset: added to an RMSNorm's weight (Gemma: 1).
         sandwich: norms behind attention and MLP too (Gemma 2).
+        norm_after: a block's two norms stand behind attention and MLP instead, in front of the residual add (Chameleon 30B).
+        qk_norm: a LayerNorm of each query and key head in front of the rotation: "shared" has one weight [head_dim] for all heads
+            (Persimmon), "heads" has one for each, [heads, head_dim] (Chameleon); "": none.
+        qk_norm_eps: of it.
         rope_theta, rope_scaling: rotary angles.
+        rotary_factor: share of a head's channels that turn, the first of them (Persimmon: 0.5).
+        learned_positions: above 0: nothing turns; so many positions have a vector that is added to the embeddings (OPT).
+        position_offset: rows of their table in front of that of position 0 (OPT: 2).
         mrope: how many of a head's angle pairs take time, height and width (Qwen2-VL's M-RoPE); () : one position.
-        qkv_bias: whether query, key and value projections have a bias (Qwen).
+        qkv_bias: whether query, key and value projections have a bias (Qwen, OPT, Persimmon).
+        o_bias: whether the attention's output projection has one (OPT, Persimmon).
+        mlp_bias: whether the MLP's have one (OPT, Persimmon).
         tied: whether the output projection is the embedding.
         embed_scale: multiplies embeddings (Gemma: sqrt(width)).
         query_scale: factor on q k^T; None: head_dim ** -0.5.
@@ -226,11 +249,26 @@ class DecoderConfig:
     logit_softcap: float = 0.0
     window: int | None = None
     window_layers: str = "none"
+    gated: bool = True
+    norm: str = "rms_norm"
+    norm_after: bool = False
+    qk_norm: str = ""
+    qk_norm_eps: float = 1e-5
+    rotary_factor: float = 1.0
+    learned_positions: int = 0
+    position_offset: int = 0
+    o_bias: bool = False
+    mlp_bias: bool = False
 
     @property
     def dim(self) -> int:
         """Channels of a head."""
         return self.head_dim or self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn with the position."""
+        return 0 if self.learned_positions else int(self.dim * self.rotary_factor)
 
     @property
     def groups(self) -> int:
@@ -242,3 +280,90 @@ class DecoderConfig:
         kind, _, first = self.window_layers.partition(":")
         chosen = kind == "all" or (kind == "even" and layer % 2 == 0) or (kind == "from" and layer >= int(first))
         return self.window is not None and chosen
+
+
+@dataclass(frozen=True)
+class VqConfig:
+    """An image tokenizer; as its values are: Chameleon's.
+
+    Args:
+        codes: entries of the codebook.
+        code_width: channels of an entry.
+        latent: channels the encoder ends in.
+        base: channels of its first level.
+        multipliers: channels of each level over ``base``; the image is halved between levels.
+        blocks: residual blocks of a level.
+        groups: of every GroupNorm.
+        image_size: pixels on a side of the language model's images.
+    """
+
+    codes: int = 8192
+    code_width: int = 256
+    latent: int = 256
+    base: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    groups: int = 32
+    image_size: int = 512
+
+    @property
+    def reduction(self) -> int:
+        """Pixels on a side of a token."""
+        return int(2 ** (len(self.multipliers) - 1))
+
+    @property
+    def tokens(self) -> int:
+        """Of such an image."""
+        return (self.image_size // self.reduction) ** 2
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """A whole model: which parts, and how images come into the decoder's sequence.
+
+    Args:
+        family: of ``vlmops.models.formats``: what its checkpoint looks like and how it is assembled.
+        decoder: the language model.
+        decoder_family: its names in a checkpoint: of ``language.families``.
+        vision: the tower; None: there is none (Fuyu's patches, Chameleon's codes).
+        vision_family: its names in a checkpoint: of ``vision.keys``.
+        connector: between the two.
+        image_token: the token whose places image features take; it may lie beyond the vocabulary.
+        video_token: the same of videos (Qwen2-VL).
+        layer: which hidden state of the tower is read, counted as transformers does (-2: that of the last block but one);
+            several: side by side; None: the last one through the tower's last norm.
+        class_token: whether the tower's class token is among what the connector reads.
+        newline: a learned token ends each row of an AnyRes image (LLaVA-NeXT).
+        pinpoints: AnyRes canvases, (height, width).
+        tokens_per_second: of a video's positions (Qwen2.5-VL); 0: frames are counted.
+        cross: gated cross-attention between the decoder's blocks (Flamingo).
+        expert: whether image tokens have weights of their own in the decoder (CogVLM's visual expert).
+        codes: the token of each entry of the image codebook (Chameleon).
+        added_tokens: how many of the last tokens of the vocabulary a checkpoint keeps in tensors of their own (Idefics).
+        vq: the image tokenizer in place of a tower (Chameleon).
+        end_tokens: tokens that end an answer.
+        pad_token: fills up behind it.
+        images: options of ``vlmops.images.prepare`` that suit the model.
+    """
+
+    family: str
+    decoder: DecoderConfig
+    decoder_family: str = "llama"
+    vision: VisionConfig | None = None
+    vision_family: str = "clip"
+    connector: ConnectorConfig | None = None
+    image_token: int = -1
+    video_token: int | None = None
+    layer: int | tuple[int, ...] | None = None
+    class_token: bool = False
+    newline: bool = False
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    tokens_per_second: int = 0
+    cross: CrossConfig | None = None
+    expert: bool = False
+    codes: tuple[int, ...] = ()
+    added_tokens: int = 0
+    vq: VqConfig | None = None
+    end_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+    images: Mapping[str, Any] = field(default_factory=dict)

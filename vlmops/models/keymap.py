@@ -5,7 +5,8 @@
     load_into(module, checkpoint, rules)      # theirs -> ours
     theirs = dict(save(module.state_dict(), rules))  # ours -> theirs
 
-A checkpoint is any ``Mapping[str, Tensor]``; a tensor is asked for when its turn comes, so it may read lazily.
+A checkpoint is any ``Mapping[str, Tensor]``; a tensor is asked for when its turn comes, so it may read lazily. One that has a
+method ``once`` is asked by it for tensors that are copied and then not needed any more.
 """
 
 from __future__ import annotations
@@ -181,7 +182,9 @@ def _load(
         if rule.how == "ignore":
             continue
         want, kind = tuple(shapes[rule.ours]), rule.how.partition(":")[0]
-        theirs, what = [source[name] for name in rule.theirs], " + ".join(rule.theirs)
+        copied = kind in ("cat", "transpose", "heads")
+        read = getattr(source, "once", source.__getitem__) if copied else source.__getitem__
+        theirs, what = [read(name) for name in rule.theirs], " + ".join(rule.theirs)
         if len({t.dtype for t in theirs}) > 1:
             raise KeyMapError(f"{what}: expected one dtype, got {', '.join(str(t.dtype) for t in theirs)}")
         t, shown = theirs[0], " + ".join(str(list(t.shape)) for t in theirs)

@@ -115,6 +115,11 @@ class Shards(Mapping[str, Tensor]):
         tensor: Tensor = self._open[self._file_of[name]].get_tensor(name)
         return tensor
 
+    def once(self, name: str) -> Tensor:
+        """A tensor that is copied and let go at once: its pages leave memory with it, those of ``[...]`` stay with their file."""
+        tensor: Tensor = self._checked(self._file_of[name]).get_tensor(name)
+        return tensor
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor, without reading it."""
         return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
