@@ -23,7 +23,10 @@ __all__ = [
     "OVERHEAD_BAR_US",
     "PATCHIFY",
     "PEAK_SHAPE",
+    "PREPROCESS_BAR",
     "ROTARY",
+    "STACK",
+    "STACKS",
     "TOWERS",
     "AttentionCase",
     "LinearCase",
@@ -38,8 +41,13 @@ __all__ = [
 ]
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-OPS = ("varlen_attention", "patchify", "mlp", "overhead")
+OPS = ("varlen_attention", "patchify", "mlp", "overhead", "preprocess")
 MODELS = ("qwen2_vl", "qwen2_5_vl", "clip_l_336", "pixtral")
+STACKS = ("qwen2_vl", "llava")
+
+#: The reference stack: least speed-up of a stage over transformers' model, as it is and patched.
+STACK = {"vision": {"stock": 1.3, "patched": 1.0}, "prefill": {"stock": 1.05}, "decode": {"stock": 1.5}}
+PREPROCESS_BAR = 2.0
 
 #: (M, K, N) of the product whose rate is the machine's measured peak, G.
 PEAK_SHAPE = (1024, 1024, 4096)

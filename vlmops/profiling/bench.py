@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmops.ops._shared.gemm_cpu import widened
-from vlmops.profiling import bars, bench_ops, bench_towers, overhead
+from vlmops.profiling import bars, bench_ops, bench_stack, bench_towers, overhead
 from vlmops.profiling.bars import Row
 from vlmops.profiling.peak import PEAK_WORK, peak_call
 from vlmops.profiling.settings import Settings
@@ -44,6 +44,7 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda line: None)
         "patchify": bench_ops.patchify_rows,
         "mlp": bench_ops.mlp_rows,
         "overhead": overhead.overhead_rows,
+        "preprocess": bench_stack.preprocess_rows,
     }
     for name in settings.ops:
         progress(name)
@@ -52,6 +53,10 @@ def run(settings: Settings, progress: Callable[[str], None] = lambda line: None)
         for dtype in settings.dtypes:
             progress(f"{name} {dtype}")
             yield from bench_towers.tower_rows(name, dataclasses.replace(settings, dtypes=(dtype,)))
+    for name in settings.stacks:
+        for dtype in settings.dtypes:
+            progress(f"stack {name} {dtype}")
+            yield from bench_stack.stack_rows(name, dataclasses.replace(settings, dtypes=(dtype,)))
     if settings.models:
         progress("peak memory of the towers, each in a process of its own")
         yield from bench_towers.memory_rows(settings.models, settings)

@@ -24,11 +24,17 @@ def bench(
     *,
     op: Annotated[
         list[str] | None,
-        typer.Option("--op", help="Only this operation (varlen_attention, patchify, mlp, overhead); repeatable."),
+        typer.Option(
+            "--op", help="Only this operation (varlen_attention, patchify, mlp, overhead, preprocess); repeatable."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option("--model", help="Only this tower (qwen2_vl, qwen2_5_vl, clip_l_336, pixtral); repeatable."),
+    ] = None,
+    stack: Annotated[
+        list[str] | None,
+        typer.Option("--stack", help="Only this model of the reference stack (qwen2_vl, llava); repeatable."),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option("--dtype", help="bf16 or fp32; repeatable. Both if not given.")
@@ -56,10 +62,11 @@ def bench(
     from vlmops.profiling.settings import Settings
 
     alone = json_file is not None and str(json_file) == "-"
-    everything = not op and not model
+    everything = not op and not model and not stack
     settings = Settings(
         ops=_chosen("--op", op, bars.OPS, bars.OPS if everything else ()),
         models=_chosen("--model", model, bars.MODELS, bars.MODELS if everything else ()),
+        stacks=_chosen("--stack", stack, bars.STACKS, bars.STACKS if everything else ()),
         dtypes=_chosen("--dtype", dtype, tuple(bars.DTYPES), tuple(bars.DTYPES)),
         peers=_chosen("--peers", peers, ("compile",), ()),
         threads=threads, rounds=rounds, quick=quick, full=full,

@@ -14,7 +14,7 @@ class Settings:
     """Options of a run.
 
     Args:
-        ops, models, dtypes: names of ``bars.OPS``, ``bars.MODELS``, ``bars.DTYPES``.
+        ops, models, stacks, dtypes: names of ``bars.OPS``, ``bars.MODELS``, ``bars.STACKS``, ``bars.DTYPES``.
         threads: torch threads.
         rounds: timed rounds of each comparison.
         warmup: untimed runs before.
@@ -25,6 +25,7 @@ class Settings:
 
     ops: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     threads: int | None = 2
     rounds: int = MIN_ROUNDS
