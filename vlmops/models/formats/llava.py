@@ -50,14 +50,14 @@ def base_values(json: Json) -> dict[str, Any]:
     return dict(
         decoder=decoder, decoder_family=decoders.MODEL_TYPES[kind], vision=vision, vision_family=vision_family,
         connector=connector, image_token=json.get("image_token_index", json.get("image_token_id", 32000)), layer=layers,
-        class_token=full and vision.class_token, images=image_options(vision),
+        class_token=full and vision.class_token, images=image_options(vision, seen.get("image_size") or 1024),
     )  # fmt: skip
 
 
-def image_options(vision: VisionConfig) -> dict[str, Any]:
+def image_options(vision: VisionConfig, long_edge: int = 1024) -> dict[str, Any]:
     """How its processors prepare an image: Pixtral's own resolution, CLIP's square cut from the centre, SigLIP's resized one."""
     if vision.position == "rope":
-        return dict(mode="native", style="pixtral", patch_size=vision.patch_size, long_edge=vision.image_size or 1024)
+        return dict(mode="native", style="pixtral", patch_size=vision.patch_size, long_edge=long_edge)
     plain = dict(mode="fixed", size=vision.image_size, patch_size=vision.patch_size)
     if vision.class_token:
         return {**plain, "policy": "crop"}
@@ -67,13 +67,16 @@ def image_options(vision: VisionConfig) -> dict[str, Any]:
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``."""
     vision, connector = parts(config)
+    seen = tower_json(vision, config.vision_family)
+    if vision.position == "rope":  # any size fits, but theirs makes its rotary table for this one
+        seen["image_size"] = config.images.get("long_edge", 1024)
     names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
         "image_token_index": config.image_token, "projector_hidden_act": names.get(connector.activation, connector.activation),
         "multimodal_projector_bias": connector.bias, "tie_word_embeddings": config.decoder.tied,
         "text_config": decoder_json(config.decoder, config.decoder_family),
-        "vision_config": tower_json(vision, config.vision_family),
+        "vision_config": seen,
         "vision_feature_layer": config.layer if config.layer is None or isinstance(config.layer, int) else list(config.layer),
         "vision_feature_select_strategy": "full" if config.class_token or not vision.class_token else "default",
     }  # fmt: skip
