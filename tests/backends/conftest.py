@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlmops.backends import cuda_build, cuda_cupy, cuda_library, cuda_runtime, cuda_simt
+from vlmops.backends import cuda_build, cuda_cupy, cuda_library, cuda_runtime, cuda_simt, ranges
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def fresh_cuda(tmp_path, monkeypatch):
     monkeypatch.setenv("VLMOPS_CACHE_DIR", str(tmp_path / "cache"))
     remembered = (
         cuda_library.ready_libraries, cuda_library._kernel, cuda_library._can_build, cuda_build.toolkit, cuda_simt._entry,
-        cuda_cupy._kernel, cuda_cupy._cupy, cuda_runtime._choose, cuda_runtime._nvtx,
+        cuda_cupy._kernel, cuda_cupy._cupy, cuda_runtime._choose, ranges.installed,
     )  # fmt: skip
     for function in remembered:
         function.cache_clear()

@@ -15,12 +15,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmops.backends import BackendError
+from vlmops.backends import BackendError, ranges
 from vlmops.backends.cuda_plan import CTYPE, Out, Plan, TensorMap, f32, i32, i64, vector
 
 __all__ = [
@@ -190,15 +189,6 @@ def record(what: Target) -> Iterator[list[Plan]]:
         _recorder.reset(token)
 
 
-@lru_cache(maxsize=1)
-def _nvtx() -> Any:
-    """The ``nvtx`` package, or None."""
-    try:
-        return importlib.import_module("nvtx")
-    except ImportError:
-        return None
-
-
 def run(plans: Iterable[Plan]) -> None:
     """Execute plans in order, on torch's current stream, each in an NVTX range of the kernel's name; empty grids are left out.
 
@@ -216,12 +206,12 @@ def run(plans: Iterable[Plan]) -> None:
     if not todo:
         return
     device = todo[0].device
-    module, ranges = executor(device), _nvtx()
+    module, nvtx = executor(device), ranges.installed()
     other = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if other else contextlib.nullcontext(), module.run_in_order():
         for plan in todo:
-            if ranges is None:
+            if nvtx is None:
                 module.launch(plan, device)
             else:
-                with ranges.annotate(plan.name, domain="vlmops"):
+                with nvtx.annotate(plan.name, color=ranges.COLOURS["kernel"], domain=ranges.DOMAIN):
                     module.launch(plan, device)

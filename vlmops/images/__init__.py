@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmops.backends.ranges import stage
 from vlmops.images.decode import MAX_PIXELS, ImageError, ImageInput, decode
 from vlmops.images.layout import Layout, View, render
 from vlmops.images.modes import MODES
@@ -110,7 +111,8 @@ def prepare(
             raise ImageError(f"image {number}: {err}") from err
         return tiles, plan, (decoded.height, decoded.width)
 
-    found = _in_threads(work, todo, threads, progress)
+    with stage("preprocess"):
+        found = _in_threads(work, todo, threads, progress)
     if temporal_patch_size is None:
         temporal_patch_size = 2 if mode == "native" and options.get("style", "qwen2_vl") == "qwen2_vl" else 1
     return _pack(found, mean, std, temporal_patch_size)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from vlmops import backends
-from vlmops.backends import choice, triton_runtime
+from vlmops.backends import choice, ranges, triton_runtime
 
 __all__ = ["OPS", "TRACED_BACKEND", "Op", "bucket"]
 
@@ -340,6 +340,10 @@ class Op:
             if torch.is_autocast_enabled(device):
                 args = tuple(self.autocast_args(list(args), device))
         backend = self.resolve(args)
+        recorder = ranges.ACTIVE
+        if recorder is not None:
+            with recorder.range("op", f"{self.name} {backend}", ranges.describe(args)):
+                return self._run(backend, args) if self._plain_call(args) else self.raw(*args, backend)
         if self._plain_call(args):
             return self._run(backend, args)
         return self.raw(*args, backend)
