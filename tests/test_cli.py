@@ -36,7 +36,7 @@ def test_version(run):
 @pytest.mark.parametrize("args", [(), ("--help",)])
 def test_help_lists_every_command(run, args):
     _, text = run(*args)
-    for command in ("info", "demo", "bench", "gpu-check", "tune"):
+    for command in ("info", "demo", "bench", "gpu-check", "tune", "models"):
         assert re.search(rf"\b{command}\b +\S", text), f"{command} has no help text"
 
 

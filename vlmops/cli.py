@@ -68,14 +68,18 @@ def info(
 
 def _add_lazy_commands() -> None:
     from vlmops.demo.cli import demo
+    from vlmops.models.cli import models
     from vlmops.profiling.cli import bench
     from vlmops.profiling.gpu_check.cli import gpu_check
+    from vlmops.profiling.profile_cli import profile
     from vlmops.tune.cli import tune
 
     app.command()(demo)
     app.command()(bench)
     app.command("gpu-check")(gpu_check)
+    app.command()(profile)
     app.command()(tune)
+    app.command()(models)
 
 
 _add_lazy_commands()

@@ -6,6 +6,7 @@ import transformers as T
 from tokenizers import Tokenizer, decoders, models
 from torch import nn
 
+from tests.models.decoders import VQ
 from vlmops.models.config import DecoderConfig
 from vlmops.models.generate import Generated, Sampling, generate, stream
 from vlmops.models.keymap import load_into
@@ -22,18 +23,32 @@ CONFIGS = {
     "qwen2": lambda: T.Qwen2Config(**{**TEXT, "num_attention_heads": 2}),
     "gemma2": lambda: T.Gemma2Config(**TEXT, sliding_window=4),  # shorter than some prompts, longer than others
     "gemma2-wide": lambda: T.Gemma2Config(**TEXT, sliding_window=32),
+    "opt": lambda: T.OPTConfig(
+        **without("intermediate_size", "num_key_value_heads", "head_dim"), ffn_dim=48, tie_word_embeddings=False
+    ),
+    "persimmon": lambda: T.PersimmonConfig(**without("num_key_value_heads", "head_dim")),
+    "chameleon": lambda: T.ChameleonConfig(**without("head_dim"), vq_config=VQ, vocabulary_map={"<image>": 4}),
 }
 PROMPTS = [[5, 3, 9, 11, 2, 8, 41], [7], [13, 12, 90]]
+
+
+def without(*names):
+    return {name: value for name, value in TEXT.items() if name not in names}
 
 
 def pair(name):
     config = CONFIGS[name]()
     config._attn_implementation = "eager"
-    reference = T.AutoModelForCausalLM.from_config(config).eval()
+    build = T.AutoModelForCausalLM.from_config
+    build = T.ChameleonForConditionalGeneration._from_config if config.model_type == "chameleon" else build
+    reference = build(config).eval()
     for name, p in reference.named_parameters():  # with larger embeddings Gemma's tied output repeats its input
         nn.init.normal_(p, std=0.1 if "embed" in name else 0.4)
+        if config.model_type == "opt" and p.dim() == 1:  # with large biases it always says the same
+            nn.init.normal_(p, mean=float("norm.weight" in name), std=0.1)
     decoder = Decoder(from_json(config.to_dict()))
-    load_into(decoder, reference.state_dict(), keys(decoder.config, config.model_type))
+    state = {name: t for name, t in reference.state_dict().items() if "vqmodel" not in name}
+    load_into(decoder, state, keys(decoder.config, config.model_type))
     return reference, decoder.eval()
 
 

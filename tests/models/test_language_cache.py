@@ -16,6 +16,11 @@ VARIANTS = {
     "gemma": dict(norm_offset=1.0, sandwich=True, attention_softcap=2.0, window=4, window_layers="all", tied=True),
     "mrope": dict(mrope=(1, 2, 1)),
     "linear": dict(rope_scaling=RopeScaling("linear", 4.0)),
+    "opt": dict(
+        learned_positions=16, position_offset=2, norm="layer_norm", gated=False, activation="relu", kv_heads=None
+    ),
+    "persimmon": dict(rotary_factor=0.5, qk_norm="shared", gated=False, activation="relu2", o_bias=True, mlp_bias=True),
+    "chameleon": dict(qk_norm="heads", norm_after=True),
 }
 CHUNKS = [[5, 1, 0], [1, 1, 4], [0, 3, 1], [1, 1, 1], [4, 0, 0]]  # tokens of three sequences in each step
 

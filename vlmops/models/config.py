@@ -94,7 +94,7 @@ class ConnectorConfig:
 
     Args:
         kind: "linear" (LLaVA 1.0), "mlp" (LLaVA 1.5 and later), "pixel_shuffle" (InternVL, Idefics3), "merger" (Qwen2-VL),
-            "resampler" (Qwen-VL), "perceiver" (Flamingo), "qformer" (BLIP-2).
+            "resampler" (Qwen-VL), "perceiver" (Flamingo), "qformer" (BLIP-2), "glu" (CogVLM2).
         in_width: channels of the tower's tokens.
         out_width: channels of the language model's.
         hidden: hidden channels of "mlp", "pixel_shuffle" and "merger", and of the feed-forward layers of the others; 0: as the

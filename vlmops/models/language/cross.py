@@ -16,7 +16,7 @@ class GatedCrossAttention(nn.Module):
     """x += tanh(a) attention(norm(x), media); x += tanh(b) feed-forward(norm(x)).
 
     Both gates start at 0, so that training begins with the language model as it was. Source: Flamingo (Alayrac et al. 2022);
-    Idefics (Laurencon et al. 2023) with RMSNorm and a gated MLP.
+    Idefics (Laurencon et al. 2023) with RMSNorm, norms of queries and keys, and a gated MLP.
     """
 
     def __init__(self, config: CrossConfig) -> None:
@@ -26,6 +26,8 @@ class GatedCrossAttention(nn.Module):
         self.norm1 = Norm(config.width, config.norm_eps, config.norm)
         self.q = nn.Parameter(torch.empty(inner, config.width))
         self.kv = nn.Parameter(torch.empty(2 * inner, config.context_width))  # keys, then values
+        self.q_norm = Norm(config.head_dim, config.norm_eps, "rms_norm") if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config.norm_eps, "rms_norm") if config.qk_norm else None
         self.out = nn.Parameter(torch.empty(config.width, inner))
         self.attention_gate = nn.Parameter(torch.zeros(1))
         self.norm2 = Norm(config.width, config.norm_eps, config.norm)
@@ -37,7 +39,7 @@ class GatedCrossAttention(nn.Module):
     def keys_values(self, media: Tensor) -> tuple[Tensor, Tensor]:
         """media [Tm, context_width] -> k and v [Tm, heads, head_dim]: once for a prompt, however many tokens are generated."""
         k, v = ops.linear(media, self.kv).view(-1, 2, self.heads, self.dim).unbind(1)
-        return k, v
+        return (k if self.k_norm is None else self.k_norm(k)), v
 
     def forward(
         self, x: Tensor, keys_values: tuple[Tensor, Tensor], cu_seqlens: Tensor, cu_media: Tensor, media_index: Tensor
@@ -52,6 +54,7 @@ class GatedCrossAttention(nn.Module):
             media_index: int32 [T], the image each token sees, -1 for none; or [T, 2], a range of images.
         """
         q = ops.linear(self.norm1(x), self.q).view(-1, self.heads, self.dim)
+        q = q if self.q_norm is None else self.q_norm(q)
         seen = ops.cross_attention(q, *keys_values, cu_seqlens, cu_media, media_index=media_index)
         assert isinstance(seen, Tensor)
         x = ops.linear(seen.flatten(1), self.out, gate=self.attention_gate, residual=x)

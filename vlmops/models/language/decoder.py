@@ -1,11 +1,11 @@
-"""One decoder; Llama and Vicuna, Mistral, Qwen and Gemma 2 are its options.
+"""One decoder; Llama and Vicuna, Mistral, Qwen, Gemma 2, OPT, Persimmon and Chameleon's are its options.
 
 The tokens of all sequences lie behind each other, [T, width]: prompts of any length share each product, without padding.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vlmops import ops
 from vlmops.models.config import DecoderConfig
-from vlmops.models.language.cache import KVCache, Span, sequence_of
+from vlmops.models.language.block import Block, Packing
+from vlmops.models.language.cache import KVCache, sequence_of
 from vlmops.models.language.check import check
 from vlmops.models.language.rope import rotary_tables
 from vlmops.models.norm import Norm
@@ -24,85 +25,8 @@ __all__ = ["Block", "Decoder", "Packing"]
 IGNORED = -100  # the label of a token that is not learnt
 
 
-@dataclass(frozen=True)
-class Packing:
-    """What all blocks of one forward share.
-
-    Args:
-        cu_seqlens: int32 [n + 1]: where each sequence starts; with a cache that of its ``span``.
-        longest: no sequence has more tokens (host).
-        rope: (cos, sin), each float32 [T, head_dim].
-        prefix_lens: int32, one a sequence of ``cu_seqlens``: tokens that all see each other; or None.
-        cache, span: where keys and values go; or None.
-    """
-
-    cu_seqlens: Tensor
-    longest: int
-    rope: tuple[Tensor, Tensor]
-    prefix_lens: Tensor | None = None
-    cache: KVCache | None = None
-    span: Span | None = None
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); Gemma 2 has norms behind the two as well."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        width, inner, outer = config.width, config.heads * config.dim, config.groups * config.dim
-        self.window = (config.window - 1, 0) if config.window is not None and config.windowed(layer) else None
-
-        def norm() -> Norm:
-            return Norm(width, config.norm_eps, "rms_norm", config.norm_offset)
-
-        self.norm1 = norm()
-        self.qkv = nn.Parameter(torch.empty(inner + 2 * outer, width))  # query heads, key heads, value heads
-        self.qkv_bias = nn.Parameter(torch.empty(inner + 2 * outer)) if config.qkv_bias else None
-        self.o = nn.Parameter(torch.empty(width, inner))
-        self.post_norm1 = norm() if config.sandwich else None
-        self.norm2 = norm()
-        self.w_gate = nn.Parameter(torch.empty(config.mlp_width, width))
-        self.w_up = nn.Parameter(torch.empty(config.mlp_width, width))
-        self.w_down = nn.Parameter(torch.empty(width, config.mlp_width))
-        self.post_norm2 = norm() if config.sandwich else None
-
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """x [T, width] -> the same."""
-        seen = self.attend(self.norm1(x), packing)
-        out = ops.linear(seen, self.o, residual=x if self.post_norm1 is None else None)
-        x = out if self.post_norm1 is None else x + self.post_norm1(out)
-        # The op's own norm knows no offset.
-        fused = self.norm2.offset == 0
-        out = ops.mlp(
-            x if fused else self.norm2(x), self.w_up, None, self.w_down, None, activation=self.config.activation,
-            w_gate=self.w_gate, norm=self.norm2.spec if fused else None, residual=x if self.post_norm2 is None else None,
-        )  # fmt: skip
-        return out if self.post_norm2 is None else x + self.post_norm2(out)
-
-    def attend(self, x: Tensor, packing: Packing) -> Tensor:
-        """Causal attention inside each sequence, up to its output projection: [T, width] -> [T, heads * head_dim]."""
-        config, cache, span = self.config, packing.cache, packing.span
-        heads, groups = config.heads, config.groups
-        qkv = ops.linear(x, self.qkv, self.qkv_bias).view(x.shape[0], heads + 2 * groups, config.dim)
-        q, k, v = qkv.split([heads, groups, groups], dim=1)
-        rope: tuple[Tensor, Tensor] | None = packing.rope
-        cu_k, longest_k = packing.cu_seqlens, packing.longest
-        if cache is not None and span is not None:
-            q, k = ops.rotary(q, *packing.rope, k=k)
-            k, v = cache.write(self.layer, k, v, span)
-            rope, cu_k, longest_k = None, span.cu_seqlens_k, cache.capacity
-        out = ops.varlen_attention(
-            q, k, v, packing.cu_seqlens, cu_k, max_seqlen_q=packing.longest, max_seqlen_k=longest_k,
-            scale=config.query_scale, causal=True, window=self.window, prefix_lens=packing.prefix_lens,
-            softcap=config.attention_softcap, rope=rope,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)  # a pair only with return_lse
-        return out.flatten(1)
-
-
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, output projection.
+    """Embedding, blocks (``block.py``), norm, output projection.
 
     Args:
         config: the variant.
@@ -116,8 +40,10 @@ class Decoder(nn.Module):
         check(config)
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocab, config.width))
+        rows = config.learned_positions + config.position_offset
+        self.position_embedding = nn.Parameter(torch.empty(rows, config.width)) if config.learned_positions else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = Norm(config.width, config.norm_eps, "rms_norm", config.norm_offset)
+        self.norm = Norm(config.width, config.norm_eps, config.norm, config.norm_offset)
         self.head = None if config.tied else nn.Parameter(torch.empty(config.vocab, config.width))
 
     def forward(
@@ -137,7 +63,7 @@ class Decoder(nn.Module):
             input_ids: integers [T], the tokens of all sequences.
             cu_seqlens: int32 [n + 1] on their device: where each sequence starts; None: they are one.
             positions: integers [T], or [3, T] with M-RoPE; None: counted in each sequence, cached tokens included.
-            inputs_embeds: [T, width], in place of ``input_ids``: what the first block reads (``embed`` gives it for ids).
+            inputs_embeds: [T, width], in place of ``input_ids``: what ``embed`` gives for ids; learned positions are added here.
             cache: of n sequences, for generation alone: the new tokens follow those in it, and are kept there. A sequence
                 without new tokens stays as it is.
             longest: no sequence has more (new) tokens than this, if known on the host; a cache makes room for so many.
@@ -151,10 +77,15 @@ class Decoder(nn.Module):
         """
         x = self._input(input_ids, inputs_embeds)
         packing = self.pack(x, cu_seqlens, positions, cache=cache, longest=longest, prefix_lens=prefix_lens)
+        return self.run(x, packing)
+
+    def run(self, x: Tensor, packing: Packing) -> Tensor:
+        """x [T, width] through the blocks and the last norm; the cache, if there is one, keeps the new tokens."""
+        x = self.placed(x, packing)
         for block in self.blocks:
             x = block(x, packing)
-        if cache is not None and packing.span is not None:
-            cache.commit(packing.span)
+        if packing.cache is not None and packing.span is not None:
+            packing.cache.commit(packing.span)
         return self.norm(x)
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -202,11 +133,21 @@ class Decoder(nn.Module):
             positions = counted
         elif positions.shape[-1:] != (tokens,):
             raise ValueError(f"positions: expected [{tokens}], one a token, got {checks.describe(positions)}")
+        packed = Packing(cu if span is None else span.cu_seqlens_q, longest, None, positions, prefix_lens, cache, span)
+        if self.config.learned_positions:
+            self._check_positions(positions)
+            return packed
         scaling, lengths = self.config.rope_scaling, None
         if scaling is not None and scaling.kind == "dynamic":
             lengths = (cu.diff() if span is None else span.lengths)[which]
-        rope = rotary_tables(self.config, positions, lengths)
-        return Packing(cu if span is None else span.cu_seqlens_q, longest, rope, prefix_lens, cache, span)
+        return replace(packed, rope=rotary_tables(self.config, positions, lengths))
+
+    def placed(self, x: Tensor, packing: Packing) -> Tensor:
+        """x [T, width] plus the learned vectors of its positions, where the model has them."""
+        if self.position_embedding is None:
+            return x
+        rows = packing.positions + self.config.position_offset
+        return x + nn.functional.embedding(rows, self.position_embedding)
 
     def logits(self, hidden: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Scores of every word.
@@ -243,6 +184,10 @@ class Decoder(nn.Module):
             last.index_fill_(0, cu_seqlens[1:].long(), True)
         following = torch.cat([labels[1:], labels.new_full((min(1, labels.shape[0]),), IGNORED)])
         targets = following.masked_fill(last[1:], IGNORED)
+        return self.cross_entropy(hidden, targets, reduction)
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """``loss`` of hidden [T, width] against the words that follow, int64 [T], -100 where nothing is learnt."""
         return ops.linear_cross_entropy(
             hidden, self.output, targets, ignore_index=IGNORED, reduction=reduction, softcap=self.config.logit_softcap
         )
@@ -272,3 +217,13 @@ class Decoder(nn.Module):
         width = self.config.width
         checks.check_shape("inputs_embeds", inputs_embeds, (None, width), f"[T, {width}]")
         return inputs_embeds
+
+    def _check_positions(self, positions: Tensor) -> None:
+        """ValueError for a position without a learned vector; on a GPU a look at them would be a sync, there the lookup traps."""
+        last = self.config.learned_positions - 1
+        if positions.dim() != 1:
+            raise ValueError(f"positions: expected [T], got {checks.describe(positions)}")
+        if positions.is_cpu and positions.numel() and not torch.compiler.is_compiling():
+            least, most = (int(end) for end in positions.aminmax())
+            if least < 0 or most > last:
+                raise ValueError(f"positions: this model has 0 to {last}, got {least} to {most}")

@@ -29,7 +29,7 @@ def rotary_tables(config: DecoderConfig, positions: Tensor, lengths: Tensor | No
             depend on it; None: no sequence is longer than those of the training.
 
     Returns:
-        cos, sin: float32 [T, head_dim] on the device of ``positions``, for pairs (i, i + head_dim / 2).
+        cos, sin: float32 [T, R] on the device of ``positions``, for pairs (i, i + R / 2), R the config's ``rotary_dim``.
 
     Raises:
         ValueError: positions of another shape.
@@ -41,7 +41,7 @@ def rotary_tables(config: DecoderConfig, positions: Tensor, lengths: Tensor | No
     inverse, factor = inverse_frequencies(config, positions.device)
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic" and lengths is not None:
         inverse = _dynamic(config, config.rope_scaling, lengths)
-    angles = positions[..., None].float() * inverse  # [T, D / 2] or [3, T, D / 2]
+    angles = positions[..., None].float() * inverse  # [T, R / 2] or [3, T, R / 2]
     if positions.dim() == 2:
         angles = torch.cat([part[axis] for axis, part in enumerate(angles.split(list(config.mrope), dim=-1))], dim=-1)
     both = torch.cat([angles, angles], dim=-1)
@@ -49,7 +49,7 @@ def rotary_tables(config: DecoderConfig, positions: Tensor, lengths: Tensor | No
 
 
 def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Angle a position of every pair of channels, float32 [head_dim / 2], and what both tables are multiplied by.
+    """Angle a position of every pair of channels, float32 [rotary_dim / 2], and what both tables are multiplied by.
 
     Source: linear: Chen et al. 2023; yarn: Peng et al. 2023; llama3: Llama 3.1's reference code. "dynamic" is as plain here.
     """
@@ -69,7 +69,7 @@ def _exponents(dim: int, device: torch.device) -> Tensor:
 
 
 def _inverse(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
-    inverse = 1.0 / config.rope_theta ** _exponents(config.dim, device)
+    inverse = 1.0 / config.rope_theta ** _exponents(config.rotary_dim, device)
     scaling = config.rope_scaling
     if scaling is None or scaling.kind == "dynamic":
         return inverse, 1.0
@@ -93,21 +93,20 @@ def _llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
 
 def _yarn(config: DecoderConfig, scaling: RopeScaling, inverse: Tensor) -> Tensor:
     """As ``_llama3``, but blended along the channels: linearly between the two that make these many turns."""
+    dim = config.rotary_dim
 
     def channel(turns: float) -> float:
-        return (
-            config.dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-        )
+        return dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     low, high = math.floor(channel(scaling.beta_fast)), math.ceil(channel(scaling.beta_slow))
-    low, high = max(low, 0), min(high, config.dim - 1)
+    low, high = max(low, 0), min(high, dim - 1)
     index = torch.arange(inverse.shape[0], dtype=torch.float32, device=inverse.device)
     stretched = ((index - low) / max(high - low, 0.001)).clamp(0, 1)
     return inverse / scaling.factor * stretched + inverse * (1 - stretched)
 
 
 def _dynamic(config: DecoderConfig, scaling: RopeScaling, lengths: Tensor) -> Tensor:
-    """[T, D / 2]: the base grows with the sequence (NTK-aware scaling); made on the device of ``lengths``."""
-    dim, over = config.dim, lengths.float().clamp(min=scaling.original_length) / scaling.original_length
+    """[T, R / 2]: the base grows with the sequence (NTK-aware scaling); made on the device of ``lengths``."""
+    dim, over = config.rotary_dim, lengths.float().clamp(min=scaling.original_length) / scaling.original_length
     base = config.rope_theta * (scaling.factor * over - (scaling.factor - 1)) ** (dim / (dim - 2))
     return 1.0 / base[:, None] ** _exponents(dim, lengths.device)

@@ -34,6 +34,17 @@ def _gemma(width: int, layers: int, heads: int, kv: int, mlp: int, head_dim: int
     )  # fmt: skip
 
 
+def _opt(width: int, layers: int, heads: int) -> DecoderConfig:
+    return DecoderConfig(
+        50272, width, layers, heads, 4 * width, activation="relu", gated=False, norm="layer_norm", norm_eps=1e-5,
+        learned_positions=2048, position_offset=2, qkv_bias=True, o_bias=True, mlp_bias=True, tied=True,
+    )  # fmt: skip
+
+
+PERSIMMON = DecoderConfig(
+    262144, 4096, 36, 64, 16384, activation="relu2", gated=False, norm="layer_norm", norm_eps=1e-5, qk_norm="shared",
+    rope_theta=25000.0, rotary_factor=0.5, qkv_bias=True, o_bias=True, mlp_bias=True,
+)  # fmt: skip
 LLAMA31 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 MISTRAL = _llama(32000, 4096, 32, 32, 14336, 8, 1e4)
 LLAMA3_8B = _llama(128256, 4096, 32, 32, 14336, 8, 5e5)
@@ -55,11 +66,17 @@ SIZES: dict[str, DecoderConfig] = {
     "mistral-large-2": _llama(32768, 12288, 88, 96, 28672, 8, 1e6),
     "qwen-7b": replace(_qwen(4096, 32, 32, 11008, 32), rope_theta=1e4),
     "qwen1.5-7b": _qwen(4096, 32, 32, 11008, 32),
+    "qwen1.5-72b": _qwen(8192, 80, 64, 24576, 64, vocab=152064),
     "qwen2-0.5b": _qwen(896, 24, 14, 4864, 2, tied=True),
     "qwen2-1.5b": _qwen(1536, 28, 12, 8960, 2, tied=True),
     "qwen2-7b": _qwen(3584, 28, 28, 18944, 4, vocab=152064),
     "qwen2-72b": replace(_qwen(8192, 80, 64, 29568, 8, vocab=152064), norm_eps=1e-5),
+    "qwen2.5-3b": _qwen(2048, 36, 16, 11008, 2, tied=True),
     "gemma2-2b": _gemma(2304, 26, 8, 4, 9216, 256, 256),
     "gemma2-9b": _gemma(3584, 42, 16, 8, 14336, 256, 256),
     "gemma2-27b": _gemma(4608, 46, 32, 16, 36864, 128, 144),
+    "opt-2.7b": _opt(2560, 32, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    "persimmon-8b": PERSIMMON,  # also Fuyu's
+    "chameleon-7b": replace(_llama(65536, 4096, 32, 32, 11008, 32, 1e4), qk_norm="heads"),
 }

@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vlmops import ops
+from vlmops.models.config import VqConfig
 
 __all__ = ["VqConfig", "VqTokenizer"]
-
-
-@dataclass(frozen=True)
-class VqConfig:
-    """Sizes of the tokenizer; as they are: Chameleon's.
-
-    Args:
-        codes: entries of the codebook.
-        code_width: channels of an entry.
-        latent: channels the encoder ends in.
-        base: channels of its first level.
-        multipliers: channels of each level over ``base``; the image is halved between levels.
-        blocks: residual blocks of a level.
-        groups: of every GroupNorm.
-    """
-
-    codes: int = 8192
-    code_width: int = 256
-    latent: int = 256
-    base: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    blocks: int = 2
-    groups: int = 32
-
-    @property
-    def reduction(self) -> int:
-        """Pixels on a side of a token."""
-        return int(2 ** (len(self.multipliers) - 1))
 
 
 class Residual(nn.Module):
@@ -66,21 +38,21 @@ class Attention(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.qkv, self.qkv_bias = (
-            nn.Parameter(torch.empty(3 * channels, channels)),
-            nn.Parameter(torch.empty(3 * channels)),
-        )
-        self.out, self.out_bias = nn.Parameter(torch.empty(channels, channels)), nn.Parameter(torch.empty(channels))
+        # 1x1 convolutions, as the files have them
+        self.qkv = nn.Parameter(torch.empty(3 * channels, channels, 1, 1))
+        self.qkv_bias = nn.Parameter(torch.empty(3 * channels))
+        self.out = nn.Parameter(torch.empty(channels, channels, 1, 1))
+        self.out_bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, C, H, W] -> the same."""
         n, channels, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2).reshape(-1, channels)
-        q, k, v = ops.linear(tokens, self.qkv, self.qkv_bias).view(-1, 3, 1, channels).unbind(1)
+        q, k, v = ops.linear(tokens, self.qkv.flatten(1), self.qkv_bias).view(-1, 3, 1, channels).unbind(1)
         cu_seqlens = torch.arange(n + 1, dtype=torch.int32, device=x.device) * (height * width)
         seen = ops.varlen_attention(q, k, v, cu_seqlens, max_seqlen_q=height * width, max_seqlen_k=height * width)
         assert isinstance(seen, Tensor)
-        out = ops.linear(seen.flatten(1), self.out, self.out_bias)
+        out = ops.linear(seen.flatten(1), self.out.flatten(1), self.out_bias)
         return x + out.view(n, height * width, channels).transpose(1, 2).reshape(x.shape)
 
 
@@ -104,6 +76,7 @@ class VqTokenizer(nn.Module):
         self.norm_out = nn.GroupNorm(c.groups, last, eps=1e-6)
         self.conv_out = nn.Conv2d(last, c.latent, 3, padding=1)
         self.to_code = nn.Conv2d(c.latent, c.code_width, 1)
+        self.from_code = nn.Conv2d(c.code_width, c.latent, 1)  # the way back to pixels: the files end there, nothing uses it
         self.codebook = nn.Parameter(torch.empty(c.codes, c.code_width))
 
     def latents(self, images: Tensor) -> Tensor:
