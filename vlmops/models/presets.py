@@ -173,7 +173,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "flamingo-3b": Preset(
         "C", "CLIP L/14", "OPT 1.3B", configs.flamingo_3b(), 3_000_000_000, False, "OpenFlamingo (Awadalla et al. 2023)",
-        "The decoder stands in for MPT 1B, whose ALiBi positions the stack does not have; DeepMind's own Flamingo is not public.",
+        "OpenFlamingo's first release: 2.56B, 3B by name. DeepMind's own (3.2B: NFNet, Chinchilla) is not public.",
     ),
     "flamingo-9b": Preset(
         "C", "OpenCLIP H/14", "Llama 7B", configs.idefics(), 8_930_000_000, False, PAGE + "HuggingFaceM4/idefics-9b",

@@ -1,4 +1,4 @@
-"""From the tower's tokens to the language model's: seven connectors, one interface.
+"""From the tower's tokens to the language model's: eight connectors, one interface.
 
     tokens, cu_seqlens = connector(tokens, cu_seqlens, grid_thw)
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlmops.models.config import ConnectorConfig
+from vlmops.models.connectors.glu import Glu
 from vlmops.models.connectors.merging import Merger, PixelShuffle
 from vlmops.models.connectors.perceiver import PerceiverResampler
 from vlmops.models.connectors.projection import Linear, Mlp
@@ -20,6 +21,7 @@ from vlmops.models.connectors.resampler import Resampler
 
 __all__ = [
     "CONNECTORS",
+    "Glu",
     "Linear",
     "Merger",
     "Mlp",
@@ -38,6 +40,7 @@ CONNECTORS: dict[str, type[nn.Module]] = {
     "resampler": Resampler,
     "perceiver": PerceiverResampler,
     "qformer": QFormer,
+    "glu": Glu,
 }
 
 

@@ -25,6 +25,8 @@ class PerceiverLayer(nn.Module):
         self.mlp_norm = Norm(width, config.norm_eps)
         self.q = nn.Parameter(torch.empty(inner, width))
         self.kv = nn.Parameter(torch.empty(2 * inner, width))  # keys, then values
+        self.q_norm = Norm(self.dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(self.dim, config.norm_eps) if config.qk_norm else None
         self.out = nn.Parameter(torch.empty(width, inner))
         self.w1, self.w2 = nn.Parameter(torch.empty(hidden, width)), nn.Parameter(torch.empty(width, hidden))
 
@@ -34,6 +36,8 @@ class PerceiverLayer(nn.Module):
         q = ops.linear(own, self.q).view(-1, self.heads, self.dim)
         k_context, v_context = ops.linear(seen, self.kv).view(-1, 2, self.heads, self.dim).unbind(1)
         k_latent, v_latent = ops.linear(own, self.kv).view(-1, 2, self.heads, self.dim).unbind(1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k_context, k_latent = self.q_norm(q), self.k_norm(k_context), self.k_norm(k_latent)
         read = ops.perceiver_attention(
             q, k_context, v_context, k_latent, v_latent, cu_seqlens, num_latents=queries, scale=self.dim**-0.5
         )

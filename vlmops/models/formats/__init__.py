@@ -15,7 +15,8 @@ __all__ = ["FORMATS", "Format", "Json", "family_of"]
 #: family -> the module that has it, as ``FORMAT``.
 MODULES = {
     "llava": "llava", "llava_next": "llava_next", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl",
-    "paligemma": "paligemma", "idefics": "idefics",
+    "paligemma": "paligemma", "flamingo": "flamingo", "idefics": "idefics", "cogvlm2": "cogvlm2", "qwen_vl": "qwen_vl",
+    "blip2": "blip2", "fuyu": "fuyu", "chameleon": "chameleon",
 }  # fmt: skip
 
 
@@ -39,12 +40,12 @@ FORMATS: Mapping[str, Format] = _Formats()
 
 
 def family_of(json: Json) -> str:
-    """The family of a ``config.json``.
+    """The family of a ``config.json``: by its model type, or (CogVLM2's has none) by its architecture.
 
     Raises:
         ValueError: a model type that is not known here.
     """
-    kind = json.get("model_type", "")
+    kind = json.get("model_type") or next(iter(json.get("architectures") or ()), "")
     for family, found in FORMATS.items():
         if kind in found.model_types:
             return family
