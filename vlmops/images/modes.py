@@ -5,7 +5,7 @@
 | fixed | ViT, CLIP, SigLIP, LLaVA-1.5, PaliGemma | one square, whatever the image |
 | tile512 | GPT-4V | 512-pixel tiles, 85 + 170 tokens a tile |
 | anyres | LLaVA-NeXT | the best of a few grids of squares, and an overview |
-| native | Qwen2-VL, Pixtral | the image's own size, to the nearest patch |
+| native | Qwen2-VL, Pixtral, Fuyu | the image's own size, to the nearest patch |
 | bounded | Claude 3 | its own size within a long edge and a budget of tokens, in tiles |
 """
 
@@ -156,7 +156,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 def native(
     height: int, width: int, *, style: str = "qwen2_vl", patch_size: int | None = None, merge_size: int | None = None,
-    min_pixels: int = 56 * 56, max_pixels: int | None = None, long_edge: int = 1024,
+    min_pixels: int = 56 * 56, max_pixels: int | None = None, long_edge: int = 1024, box: tuple[int, int] = (1080, 1920),
 ) -> Layout:  # fmt: skip
     """The image's own resolution, rounded to patches.
 
@@ -164,13 +164,15 @@ def native(
         height, width: of the image.
         style: "qwen2_vl": nearest multiple of patch and merge, between ``min_pixels`` and ``max_pixels`` (None: no upper
             limit, as the model allows; its processor's default is 28 * 28 * 1280). "pixtral": shrunk to ``long_edge``, rounded up
-            to patches, and a break token behind every row.
-        patch_size: None: 14 for Qwen2-VL, 16 for Pixtral.
-        merge_size: patches on a side that become one token; None: 2 for Qwen2-VL, 1 for Pixtral.
+            to patches, and a break token behind every row. "fuyu": shrunk to fit into ``box``, padded at the right and bottom to
+            whole patches, and a newline token behind every row.
+        patch_size: None: 14 for Qwen2-VL, 16 for Pixtral, 30 for Fuyu.
+        merge_size: patches on a side that become one token; None: 2 for Qwen2-VL, else 1.
         min_pixels, max_pixels: of the resized image.
         long_edge: for "pixtral".
+        box: (height, width), for "fuyu".
 
-    Source: Qwen2-VL (Wang et al. 2024); Pixtral (Agrawal et al. 2024).
+    Source: Qwen2-VL (Wang et al. 2024); Pixtral (Agrawal et al. 2024); Fuyu (Bavishi et al. 2023).
     """
     if style == "qwen2_vl":
         patch, merge = patch_size or 14, merge_size or 2
@@ -188,7 +190,18 @@ def native(
         rows, columns = -(-height // unit), -(-width // unit)
         facts: dict[str, object] = {"rows": rows, "columns": columns}
         return Layout((View((rows * unit, columns * unit)),), rows * (columns + 1), patch, merge, facts)
-    raise ValueError(f'style: expected "qwen2_vl" or "pixtral", got {style!r}')
+    if style == "fuyu":
+        patch, merge = patch_size or 30, merge_size or 1
+        scale = min(box[0] / height, box[1] / width)
+        if scale < 1:
+            height, width = int(height * scale), int(width * scale)
+        if not (height and width):
+            raise ImageError("the image is so narrow that nothing is left of it in this box")
+        unit = patch * merge
+        rows, columns = -(-height // unit), -(-width // unit)
+        view = View((height, width), canvas=(rows * unit, columns * unit))
+        return Layout((view,), rows * (columns + 1), patch, merge, {"rows": rows, "columns": columns})
+    raise ValueError(f'style: expected "qwen2_vl", "pixtral" or "fuyu", got {style!r}')
 
 
 def bounded(

@@ -72,7 +72,8 @@ class QFormer(nn.Module):
         """[T, in_width] -> [n * queries, out_width]; see the package for the arguments."""
         n = cu_seqlens.shape[0] - 1
         own = equal_lengths(n, self.queries, cu_seqlens)
-        x = self.norm(self.latents.to(tokens.dtype)).repeat(n, 1)
+        tokens = tokens.to(self.latents.dtype)  # float16 files keep all but the projection in float32
+        x = self.norm(self.latents).repeat(n, 1)
         for layer in self.layers:
             x = layer(x, own, tokens, cu_seqlens, self.queries)
-        return ops.linear(x, self.weight, self.bias), own
+        return ops.linear(x.to(self.weight.dtype), self.weight, self.bias), own

@@ -76,7 +76,8 @@ class VqTokenizer(nn.Module):
         self.norm_out = nn.GroupNorm(c.groups, last, eps=1e-6)
         self.conv_out = nn.Conv2d(last, c.latent, 3, padding=1)
         self.to_code = nn.Conv2d(c.latent, c.code_width, 1)
-        self.from_code = nn.Conv2d(c.code_width, c.latent, 1)  # the way back to pixels: the files end there, nothing uses it
+        # The way back to pixels, which in the files ends here: nothing uses it.
+        self.from_code = nn.Conv2d(c.code_width, c.latent, 1)
         self.codebook = nn.Parameter(torch.empty(c.codes, c.code_width))
 
     def latents(self, images: Tensor) -> Tensor:
