@@ -16,8 +16,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tests.models.test_vlm import close, llava_next, randomised
 from tests.support.tiny_models import IMAGE, build
+from vlmops import images
 from vlmops.models import from_pretrained
-from vlmops.models.chat import chat, prompt
+from vlmops.models.chat import chat, places, prompt
+from vlmops.models.presets import PRESETS
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }} {% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -34,6 +36,8 @@ SPECIAL = {
     "<|vision_start|>": 302,
     "<|vision_end|>": 303,
 }
+
+NO_LAYOUT = ("mean", "std", "fill", "resample")  # options of pixels
 
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -129,6 +133,20 @@ def test_paligemma_puts_images_in_front(tmp_path: Any) -> None:
         types = torch.zeros_like(inputs["input_ids"])
         want = theirs(input_ids=inputs["input_ids"], pixel_values=values, token_type_ids=types).logits
         assert close(ours(**inputs).logits, want)
+
+
+def test_places_of_every_preset() -> None:
+    """What an image of 1024 x 768 takes in a prompt."""
+    found = {}
+    for name, preset in PRESETS.items():
+        options = {k: v for k, v in preset.config.images.items() if k not in NO_LAYOUT}
+        found[name] = places(preset.config, images.layout(768, 1024, **options))
+    known = {
+        "llava-1.5-7b": 576, "llava-next-mistral-7b": 2340, "blip2": 32, "qwen2-vl-2b": 999, "pixtral-12b": 3120,
+        "paligemma2-3b": 256, "flamingo-3b": 1, "flamingo-9b": 1, "qwen-vl": 256, "cogvlm2-19b": 2306, "fuyu-8b": 936,
+        "chameleon-7b": 1024,
+    }  # fmt: skip
+    assert {name: found[name] for name in known} == known
 
 
 @pytest.mark.parametrize("count", [20, 100])

@@ -10,15 +10,16 @@ many tokens as the image has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from vlmops.images import Layout
+from vlmops.models.config import VLMConfig
 from vlmops.models.vlm import VLM
 
-__all__ = ["chat", "prompt"]
+__all__ = ["chat", "places", "prompt"]
 
 SOURCES = ("image", "path")  # where a part of a message keeps its image
 
@@ -76,10 +77,9 @@ def prompt(
     layouts = prepared.layouts if prepared is not None else ()
     found: dict[str, Any] = {} if prepared is None else {"images": prepared}
     if vlm.config.family == "paligemma":
-        front = "".join(mark * x.tokens for x in layouts)
-        ids = tokenizer(f"{front}{tokenizer.bos_token}{text.replace(mark, '')}\n", add_special_tokens=False)[
-            "input_ids"
-        ]
+        front = "".join(mark * places(vlm.config, x) for x in layouts)
+        whole = f"{front}{tokenizer.bos_token}{text.replace(mark, '')}\n"
+        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
         found["token_type_ids"] = torch.zeros(1, len(ids), dtype=torch.int64, device=vlm.device)
     else:
         parts = text.split(mark)
@@ -87,10 +87,7 @@ def prompt(
             raise ValueError(
                 f"images: expected one for each {mark!r} of the text, got {len(layouts)} for {len(parts) - 1}"
             )
-        expand = (
-            _pixtral if vlm.config.images.get("style") == "pixtral" else EXPANSIONS.get(vlm.config.family, _repeated)
-        )
-        spelled = [expand(x, mark) for x in layouts]
+        spelled = [_spelled(vlm.config, x, mark) for x in layouts]
         whole = parts[0] + "".join(a + b for a, b in zip(spelled, parts[1:], strict=True))
         ids = tokenizer(whole, add_special_tokens=add_special_tokens)["input_ids"]
     return {"input_ids": torch.tensor([ids], dtype=torch.int64, device=vlm.device), **found}
@@ -115,16 +112,34 @@ def _content(content: Any, images: list[Any]) -> Any:
     return found
 
 
-def _repeated(layout: Layout, mark: str) -> str:
-    return mark * layout.tokens
+def places(config: VLMConfig, layout: Layout) -> int:
+    """Tokens of a prompt that an image of this layout takes, breaks between its rows included, marks around it not.
+
+    Args:
+        config: of the model.
+        layout: of the image, as ``vlmops.images.layout`` or ``Prepared.layouts`` have it.
+    """
+    kind = "" if config.connector is None else config.connector.kind
+    if config.cross is not None:  # the decoder looks at it from outside
+        return 1
+    if config.connector is not None and kind in ("qformer", "resampler", "perceiver"):
+        return config.connector.queries
+    if kind == "glu":  # four patches become one, between a begin and an end
+        return layout.tokens // 4 + 2
+    return layout.tokens // 4 if kind == "pixel_shuffle" else layout.tokens
 
 
-def _pixtral(layout: Layout, mark: str) -> str:
-    """Rows end in a break, the last one in an end (Pixtral, Agrawal et al. 2024)."""
-    rows, columns = layout.facts["rows"], layout.facts["columns"]
-    assert isinstance(rows, int) and isinstance(columns, int)
-    return "[IMG_BREAK]".join([mark * columns] * rows) + "[IMG_END]"
+def _spelled(config: VLMConfig, layout: Layout, mark: str) -> str:
+    """An image as its family's processor writes it."""
+    style = config.images.get("style")
+    if style in ("pixtral", "fuyu"):
+        rows, columns = layout.facts["rows"], layout.facts["columns"]
+        assert isinstance(rows, int) and isinstance(columns, int)
+        row = mark * columns
+        return row + f"[IMG_BREAK]{row}" * (rows - 1) + "[IMG_END]" if style == "pixtral" else f"{row}|NEWLINE|" * rows
+    before, behind = AROUND.get(config.family, ("", ""))
+    return before + mark * places(config, layout) + behind
 
 
-#: family -> how an image is spelled; the others repeat the mark.
-EXPANSIONS: dict[str, Callable[[Layout, str], str]] = {}
+#: What stands around an image where no chat template writes it.
+AROUND = {"qwen_vl": ("<img>", "</img>"), "chameleon": ("<racm3:break>", "<eoss>")}

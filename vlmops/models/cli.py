@@ -74,6 +74,7 @@ def _whole(name: str, preset: Preset) -> dict[str, Any]:
     from PIL import Image
 
     from vlmops import images
+    from vlmops.models.chat import places
     from vlmops.models.presets import TYPES, build
 
     with torch.device("meta"):
@@ -82,14 +83,8 @@ def _whole(name: str, preset: Preset) -> dict[str, Any]:
     total = sum(p.numel() for p in vlm.parameters())
     rest = total - sum(counted.values())
     config, (height, width) = preset.config, EXAMPLE
-    tokens = int(images.prepare(Image.new("RGB", (width, height)), **config.images).tokens.sum())
-    kind = "" if config.connector is None else config.connector.kind
-    if config.connector is not None and kind in ("qformer", "resampler"):
-        tokens = config.connector.queries
-    elif kind == "glu":  # four patches become one, between a begin and an end
-        tokens = tokens // 4 + 2
-    elif config.cross is not None:
-        tokens = 1
+    layout = images.prepare(Image.new("RGB", (width, height)), **config.images).layouts[0]
+    tokens = places(config, layout)
     return {
         **_row(name, preset), "meaning": TYPES[preset.kind],
         "counted": {**counted, **({"rest": rest} if rest else {}), "total": total},
