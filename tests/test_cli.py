@@ -36,7 +36,7 @@ def test_version(run):
 @pytest.mark.parametrize("args", [(), ("--help",)])
 def test_help_lists_every_command(run, args):
     _, text = run(*args)
-    for command in ("info", "demo", "bench", "gpu-check", "tune", "models"):
+    for command in ("info", "demo", "bench", "gpu-check", "tune", "models", "profile"):
         assert re.search(rf"\b{command}\b +\S", text), f"{command} has no help text"
 
 
@@ -44,6 +44,8 @@ def test_help_lists_every_command(run, args):
     ("command", "options"),
     [
         ("info", ("--json", "--build")),
+        ("models", ("--json",)),
+        ("profile", ("--from", "--out", "--json", "--nsys", "--ncu")),
         ("demo", ("--model", "--image", "--json")),
         ("bench", ("--op", "--json")),
         ("gpu-check", ("--quick", "--out", "--op", "--device", "--json")),
