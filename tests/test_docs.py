@@ -29,7 +29,9 @@ def test_the_table_of_ops_names_every_op_and_its_backends():
     assert found == {name: [b for b in op.backends if b != "reference"] for name, op in OPS.items()}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/ops.md", "docs/patching.md", "docs/images.md", "docs/models.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/ops.md", "docs/patching.md", "docs/images.md", "docs/models.md", "docs/profiling.md"]
+)
 def test_the_examples_run(page):
     blocks = re.findall(r"```python\n(.*?)```", (REPO / page).read_text(), re.S)
     assert blocks

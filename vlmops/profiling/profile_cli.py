@@ -14,13 +14,26 @@ if TYPE_CHECKING:
 
 __all__ = ["profile"]
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def profile(
     *,
-    program: Annotated[
+    words: Annotated[
         list[str] | None,
-        typer.Argument(help="With --nsys or --ncu: the program to record, after --.", metavar="PROGRAM"),
+        typer.Argument(
+            help='A model: folder, hub id, or "tiny", the embedded one. With --nsys or --ncu: the program to record, after --.',
+            metavar="MODEL|PROGRAM",
+        ),
     ] = None,
+    image: Annotated[
+        Path | None, typer.Option("--image", help="Picture for the model; none: the embedded one.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Question to the model.")] = None,
+    generate: Annotated[int, typer.Option("--generate", min=0, help="New tokens; 0: one forward.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Profiled steps of the model.")] = 3,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16, of the model.")] = "float32",
+    html: Annotated[bool, typer.Option("--html/--no-html", help="The page needs plotly.")] = True,
     files: Annotated[
         list[Path] | None,
         typer.Option(
@@ -28,15 +41,22 @@ def profile(
             help="A recording made elsewhere: FILE.sqlite (nsys export), FILE.csv (ncu --csv --page raw), or one of each.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for nsight.json, nsight.md and recordings.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for reports, traces and recordings; profile, if not given.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
     nsys: Annotated[bool, typer.Option("--nsys", help="Record the program with Nsight Systems, then report.")] = False,
     ncu: Annotated[bool, typer.Option("--ncu", help="Record the program with Nsight Compute, then report.")] = False,
 ) -> None:
-    """Where GPU time goes, by kernel, op, module and stage: from Nsight Systems and Nsight Compute.
+    """Where a model's time goes, stock against patched; or where a GPU's goes, from Nsight Systems and Nsight Compute.
 
-    Exits with 2 if a file cannot be read or a profiler is not there.
+    With a MODEL, both run under torch.profiler: by stage, module and op, with roofline, memory and opportunities. Exits with 1
+    if the patched output is wrong, with 2 if something cannot be read or is not there.
     """
+    program = list(words or ())
+    if len(program) == 1 and not (nsys or ncu or files):
+        _model(program[0], image, prompt, generate, steps, dtype, html, out or Path("profile"), as_json)
+        return
     from vlmops.profiling.nsight import ProfileFileError, ToolFailedError, ToolMissingError, show
 
     if nsys or ncu:
@@ -45,7 +65,7 @@ def profile(
         if not program:
             raise typer.BadParameter("name the program to record, after --", param_hint="PROGRAM")
     elif not files:
-        raise typer.BadParameter("name a recording, or record with --nsys or --ncu", param_hint="--from")
+        raise typer.BadParameter("name a model, a recording, or record with --nsys or --ncu", param_hint="MODEL")
     elif program:
         raise typer.BadParameter(f"{program[0]!r} is not recorded without --nsys or --ncu", param_hint="PROGRAM")
     notes = Console(stderr=True, highlight=False)
@@ -63,6 +83,46 @@ def profile(
         show.show(report, console if console.is_terminal else Console(highlight=False, width=240))
     if paths:
         notes.print(f"wrote {paths[0]} and {paths[1]}", style="dim", markup=False, soft_wrap=True)
+
+
+def _model(
+    where: str, image: Path | None, prompt: str | None, tokens: int, steps: int, dtype: str, html: bool, out: Path, as_json: bool
+) -> None:  # fmt: skip
+    """Profile a model and write the report."""
+    import shlex
+    import sys
+
+    import torch
+
+    from vlmops.demo import loading
+    from vlmops.profiling import report
+    from vlmops.profiling.timing import WrongOutputError
+
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    notes = Console(stderr=True, highlight=False)
+    try:
+        if html:
+            report.need_plotly()
+        precision = getattr(torch, dtype)
+        notes.print(f"loading {where} ...", style="dim", markup=False)
+        tiny = where == "tiny"
+        subject = loading.embedded(image, prompt, precision) if tiny else loading.load(where, image, prompt, precision)
+        notes.print("profiling, stock and patched ...", style="dim")
+        command = shlex.join(["vlmops", *sys.argv[1:]])
+        found = report.profile_model(subject.model, subject.inputs, steps=steps, generate=tokens, command=command)
+        paths = report.write(found, out, html=html)
+    except (loading.DemoError, report.PlotlyMissingError, OSError, ValueError) as err:
+        notes.print(f"vlmops profile: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from err
+    except WrongOutputError as err:
+        notes.print(f"vlmops profile: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from err
+    if as_json:
+        typer.echo(report.as_json(found))
+    else:
+        typer.echo(report.as_markdown(found))
+    notes.print(f"wrote {', '.join(map(str, paths.values()))}", style="dim", markup=False, soft_wrap=True)
 
 
 def _record(program: list[str], folder: Path, nsys: bool, ncu: bool) -> list[Path]:
