@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Deletes every barrier, wait and bounds check of csrc/cuda in turn and sees whether the tests notice.
 
-    python scripts/cuda_mutants.py                     # all of them: about half an hour on two cores
+    python scripts/cuda_mutants.py                     # all of them: hours on two cores
     python scripts/cuda_mutants.py --source norms.cu   # one file
     python scripts/cuda_mutants.py --list              # what would be changed
     python scripts/cuda_mutants.py --sample 5          # a few, chosen by --seed
@@ -27,14 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 FILE = ROOT / "benchmarks" / "budgets" / "cuda_mutants.json"
-LIMIT = 600  # seconds for one mutant
+LIMIT = 600  # seconds for a mutant and a test file
 FAR = "1073741824"  # no index reaches it
 #: Kernel files whose tests have another name.
 SHARED = {
@@ -143,11 +143,11 @@ def includes() -> dict[str, set[str]]:
     return {p.name: of(p.name, set()) for p in sorted(CUDA.glob("*.cu"))}
 
 
-def all_mutants(only: str | None = None) -> list[Mutant]:
-    """The mutants of every kernel file and of the headers the kernels share."""
+def all_mutants(*only: str) -> list[Mutant]:
+    """The mutants of every kernel file and of the headers the kernels share, or of some of them."""
     files = [p for folder in FOLDERS for p in sorted((CUDA / folder).glob("*.cu*"))]
     names = [(p, str(p.relative_to(CUDA))) for p in files]
-    return [m for path, name in names if only is None or name == only for m in mutants(path, name)]
+    return [m for path, name in names if not only or name in only for m in mutants(path, name)]
 
 
 def tests_of(file: str) -> list[str]:
@@ -196,11 +196,11 @@ def run(mutant: Mutant | None, tests: Sequence[str], cache: str) -> dict[str, An
             "VLMOPS_CACHE_DIR": cache, "VLMOPS_CUDA_EXECUTOR": "simt", "OMP_NUM_THREADS": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis",
         }  # fmt: skip
-        words = [sys.executable, "-c", CHILD, str(csrc), *tests]
+        words, limit = [sys.executable, "-c", CHILD, str(csrc), *tests], LIMIT * len(tests)
         try:
-            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
+            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            return {"outcome": "caught", "seconds": LIMIT, "said": "it did not end"}
+            return {"outcome": "caught", "seconds": limit, "said": "it did not end"}
     said = [x for x in done.stdout.splitlines() if x.startswith(("FAILED", "ERROR", "E  "))]
     if done.returncode == 0:
         outcome = "survived"
@@ -211,8 +211,15 @@ def run(mutant: Mutant | None, tests: Sequence[str], cache: str) -> dict[str, An
     return {"outcome": outcome, "seconds": round(time.monotonic() - begin, 1), "said": " / ".join(said)[:300]}
 
 
-def run_all(chosen: Sequence[Mutant], jobs: int) -> dict[str, dict[str, Any]]:
+def run_all(
+    chosen: Sequence[Mutant], jobs: int, keep: Callable[[str, dict[str, Any]], None] = lambda key, row: None
+) -> dict[str, dict[str, Any]]:
     """The outcome of each mutant by its key, with a line on stderr as each comes in.
+
+    Args:
+        chosen: the mutants.
+        jobs: how many at a time.
+        keep: called with each outcome as it comes in, so that a break loses nothing.
 
     Raises:
         RuntimeError: a test fails without any change.
@@ -230,6 +237,7 @@ def run_all(chosen: Sequence[Mutant], jobs: int) -> dict[str, dict[str, Any]]:
         for done, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             mutant, row = waiting[future], future.result()
             found[mutant.key] = row
+            keep(mutant.key, row)
             print(
                 f"{done}/{len(chosen)} {row['outcome']:9}{row['seconds']:6} s  {mutant.key}",
                 file=sys.stderr,
@@ -248,9 +256,20 @@ def summary(outcomes: dict[str, str]) -> str:
     return f"{caught} of {caught + survived} mutants caught ({share:.1f}%), {survived} survived"
 
 
+def write(stored: dict[str, Any]) -> None:
+    """Writes the outcomes, and the reasons of those that survived."""
+    outcomes = dict(sorted(stored["outcomes"].items()))
+    reasons = {k: v for k, v in sorted(stored["reasons"].items()) if outcomes.get(k) == "survived"}
+    FILE.write_text(json.dumps({"outcomes": outcomes, "reasons": reasons}, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--source", help="only this file of csrc/cuda, e.g. norms.cu or tile/gemm.cuh")
+    parser.add_argument(
+        "--source",
+        action="append",
+        help="only this file of csrc/cuda, e.g. norms.cu or tile/gemm.cuh (may be repeated)",
+    )
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     parser.add_argument("--sample", type=int, help="only so many, chosen at random; nothing is written")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
@@ -261,9 +280,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print the outcomes as JSON")
     options = parser.parse_args()
-    chosen = all_mutants(options.source)
+    chosen = all_mutants(*options.source or ())
     stored: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"outcomes": {}, "reasons": {}}
     current = {m.key for m in all_mutants()}
+    stored["outcomes"] = {k: v for k, v in stored["outcomes"].items() if k in current}
     if options.survivors:
         chosen = [m for m in chosen if stored["outcomes"].get(m.key) == "survived"]
     if options.missing:
@@ -275,7 +295,13 @@ def main() -> int:
             print(f"{m.file}:{m.line} {m.kind} {m.number}: {m.code}")
         print(f"{len(chosen)} mutants")
         return 0
-    found = run_all(chosen, options.jobs)
+
+    def keep(key: str, row: dict[str, Any]) -> None:
+        stored["outcomes"][key] = row["outcome"]
+        if not options.sample:
+            write(stored)
+
+    found = run_all(chosen, options.jobs, keep)
     if options.as_json:
         print(json.dumps(found, indent=1))
     for key, row in found.items():
@@ -283,12 +309,7 @@ def main() -> int:
             print(f"{row['outcome']}: {key}\n    {row['said']}", file=sys.stderr)
     print(summary({key: row["outcome"] for key, row in found.items()}))
     if not options.sample:
-        outcomes = {k: v for k, v in stored["outcomes"].items() if k in current}
-        outcomes |= {key: row["outcome"] for key, row in found.items()}
-        kept = {"outcomes": dict(sorted(outcomes.items())),
-                "reasons": {k: v for k, v in sorted(stored["reasons"].items()) if outcomes.get(k) == "survived"}}  # fmt: skip
-        FILE.write_text(json.dumps(kept, indent=1) + "\n")
-        print(f"all so far: {summary(outcomes)}; wrote {FILE.relative_to(ROOT)}")
+        print(f"all so far: {summary(stored['outcomes'])}; wrote {FILE.relative_to(ROOT)}")
     return int(any(r["outcome"] == "survived" and k not in stored["reasons"] for k, r in found.items()))
 
 

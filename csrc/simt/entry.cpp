@@ -25,10 +25,16 @@ struct Count<0, I...> {
   using type = Numbers<I...>;
 };
 
-// The arguments' own memory is the host's, so it is read without hooks.
+// The arguments' own memory is the host's, so it is read without hooks; it may lie anywhere, as for cuLaunchKernel.
+template <class T>
+__attribute__((no_sanitize_thread)) static T argument(const void* from) {
+  T found;
+  __builtin_memcpy(&found, from, sizeof(T));
+  return found;
+}
 template <class... Args, int... I>
 __attribute__((no_sanitize_thread)) static void call(void (*kernel)(Args...), void** args, Numbers<I...>) {
-  kernel(*static_cast<Args*>(args[I])...);
+  kernel(argument<Args>(args[I])...);
 }
 template <class... Args>
 __attribute__((no_sanitize_thread)) static void call(void (*kernel)(Args...), void** args) {

@@ -153,6 +153,23 @@ def test_a_nan_stays_in_its_sequence(which):
     assert found[0][20:50].isnan().any() and found[1][20:50].isnan().any()
 
 
+def test_a_nan_stays_in_its_row():
+    """Heads of an odd number of chunks: the half step behind the last one is not the next row's first."""
+    args = low(make([20], dim=24))
+    args[0][7] = float("nan")
+    _, (dq, _, _) = gradients(varlen_attention, args, {})
+    assert torch.equal(dq.isnan().any(-1).any(-1), torch.arange(20) == 7)
+
+
+def test_a_wrong_prefix_is_clamped():
+    args = make([9, 40, 9])
+    found, want = (
+        gradients(varlen_attention, args, dict(causal=True, prefix_lens=prefix(*lengths)))[1]
+        for lengths in ((-(2**31), 2**31 - 1, -7), (0, 40, 0))
+    )
+    assert all(map(torch.equal, found, want))
+
+
 def test_the_same_bits_under_every_schedule():
     args, found = make([70, 5, 90], heads=4, kv_heads=2), []
     for name in cuda_simt.SCHEDULES:
@@ -185,7 +202,7 @@ def test_large_heads_take_torchs_gradient(fits, monkeypatch):
 
 def test_row_numbers():
     """Both numbers of a row, for heads that are not a power of two, and tokens and heads in any layout."""
-    for tokens, dim in ((70, 16), (33, 72)):
+    for tokens, dim in ((70, 16), (33, 72), (9, 200)):
         out, grad = torch.randn(2, tokens, 3, dim).bfloat16().unbind(0)
         lse, grad_lse = torch.randn(2, 3, tokens).unbind(0)
         lse[1, 5] = -torch.inf
@@ -250,6 +267,24 @@ def test_causal_leaves_out_what_nobody_sees():
     with counted() as seen:
         packed.backward([outs[0], None], outs, args, [False, True, True])
     assert seen["mma_flops"] == tiles * 8 * 16 * 32 * 16
+
+
+def test_a_window_leaves_out_what_nobody_sees():
+    args, outs = saved([128], 16, heads=1)
+    args[9], args[10] = 8, 0
+    sizes = [(0, 64), (64, 128)]
+    for needs, products in (((True, False, False), 6), ((False, True, True), 8)):
+        with counted() as seen:
+            packed.backward([outs[0], None], outs, args, needs)
+        tiles = 0
+        for begin, end in sizes:  # of a block's rows, or keys
+            first, last = (begin, min(end + 8, 128)) if needs[1] else (max(begin - 8, 0), end)
+            for at in range(first, last, 32):
+                low_of, high_of = (0, 8) if needs[1] else (8, 0)
+                tiles += sum(
+                    at < own + 16 + high_of and min(at + 32, last) > own - low_of for own in range(begin, end, 16)
+                )
+        assert seen["mma_flops"] == tiles * products * 16 * 32 * 16
 
 
 def test_short_sequences_leave_warps_idle():

@@ -93,6 +93,16 @@ def test_malformed_device_data_touches_nothing_else(media, values):
     assert all(x.isfinite().all() for x in found)
 
 
+def test_a_segment_that_runs_backwards_has_no_keys():
+    q, k, v, cu_q, _ = low(test_cross_attention.make([6], [100], dim=16))
+    backwards, lse = torch.tensor([0, 60, 20, 100], dtype=torch.int32), torch.zeros(2, 6)
+    media = index(0, 1, 1, 1, 1, 0)
+    dq, dk, dv = cross.backward([q, lse], [q, lse], [q, k, v, cu_q, backwards, media, 0.3], [True] * 3)
+    assert torch.equal((dq == 0).all(-1).all(-1), media == 1)
+    for grad in (dk, dv):
+        assert (grad[60:] == 0).all() and grad[:60].any(-1).all()
+
+
 def test_keys_meet_only_the_tiles_of_rows_that_see_them():
     """Text of two images whose tiles of rows take turns: a tile of keys passes by the other image's."""
     q, k, v, cu_q, cu_k = low(test_cross_attention.make([128], [64, 64], dim=16, heads=2, kv_heads=1))

@@ -370,6 +370,23 @@ def test_traffic(name, n, rows):
     assert again["mma_flops"] == 0
 
 
+def test_warps_behind_the_last_column_read_nothing():
+    x, weight, _ = make((1,), 1024, 1, False, kind="int8")
+    with counted() as seen:
+        quantized_linear(x.to(BF16), weight)
+    lanes = 32 * backend.share(1, 1024, cuda_runtime.SIMT.processors)[1]
+    assert seen["global_load_bytes"] == 1024 * 2 + 1024 + 4 * lanes  # x, the column, its scale
+
+
+def test_a_scale_is_read_once_for_both_halves_of_a_block():
+    """An int4 access has two runs of columns; they lie in one group where a group is whole blocks of packed columns."""
+    x, weight, _ = make((1,), 1024, 1, False, kind="int4", group_size=256, symmetric=True)
+    with counted() as seen:
+        quantized_linear(x.to(BF16), weight)
+    accesses = 512 // 16
+    assert seen["global_load_bytes"] == 1024 * 2 + 512 + 4 * accesses  # x, the column, a scale an access
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "group", "zero"),
     [("int8", 64, 0, False), ("int8", 300, 0, False), ("int4", 16, 0, False), ("int4", 64, 64, True), ("fp8", 64, 0, False)],

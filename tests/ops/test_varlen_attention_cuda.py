@@ -130,6 +130,26 @@ def test_a_nan_stays_in_its_sequence():
     assert lse[:, :20].isfinite().all() and lse[:, 20:50].isnan().all()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_nan_stays_in_its_row(which):
+    """Heads of an odd number of chunks: the half step behind the last one is not the next row's first."""
+    args = [x.half() if x.is_floating_point() else x for x in make([20], dim=24)]
+    args[which][7] = float("nan")
+    with vlmops.use_backend("cuda"):
+        out = varlen_attention(*args[:4], causal=True)
+    assert torch.equal(out.isnan().any(-1).any(-1).nonzero()[:, 0], torch.arange(7, 20)[: 1 if which == 0 else None])
+
+
+def test_a_wrong_prefix_is_clamped():
+    q, k, v, cu_q, _ = (x.half() if x.is_floating_point() else x for x in make([9, 40, 9]))
+    with vlmops.use_backend("cuda"):
+        found, want = (
+            varlen_attention(q, k, v, cu_q, causal=True, prefix_lens=prefix(*lengths))
+            for lengths in ((-(2**31), 2**31 - 1, -7), (0, 40, 0))
+        )
+    assert torch.equal(found, want)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, cu_q, _ = make([40])
     check_op(varlen_attention, (q * 60, k * 60, v, cu_q), dict(return_lse=True), backend="cuda", dtype=BF16)
@@ -214,6 +234,18 @@ def test_causal_skips_tiles_a_warp_does_not_see():
         varlen_attention(q.half(), k.half(), v.half(), cu_q, causal=True)
     tiles = sum(math.ceil((row + 16) / 64) for row in range(0, 256, 16))
     assert seen["mma_flops"] == tiles * 4 * 16 * 64 * 64
+
+
+def test_a_window_skips_tiles_a_warp_does_not_see(monkeypatch):
+    force(monkeypatch, Shape(1, 32, 2))
+    q, k, v, cu_q, _ = make([128], heads=1, kv_heads=1, dim=16)
+    with counted() as seen:
+        varlen_attention(q.half(), k.half(), v.half(), cu_q, window=(8, 0))
+    tiles = 0
+    for block in (0, 64):
+        for at in range(max(block - 8, 0), block + 64, 32):
+            tiles += sum(at < row + 16 and at + 32 > row - 8 for row in range(block, block + 64, 16))
+    assert seen["mma_flops"] == tiles * 4 * 16 * 32 * 16
 
 
 def test_a_gap_between_prefix_and_window_is_not_read():

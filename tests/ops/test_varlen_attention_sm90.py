@@ -113,6 +113,16 @@ def test_a_nan_stays_in_its_sequence():
     assert lse[:, :20].isfinite().all() and lse[:, 50:].isfinite().all()
 
 
+def test_a_wrong_prefix_is_clamped():
+    q, k, v, cu_q, _ = (x.half() if x.is_floating_point() else x for x in make([9, 40, 9], dim=64))
+    with vlmops.use_backend("cuda"):
+        found, want = (
+            varlen_attention(q, k, v, cu_q, causal=True, prefix_lens=prefix(*lengths))
+            for lengths in ((-(2**31), 2**31 - 1, -7), (0, 40, 0))
+        )
+    assert torch.equal(found, want)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v, cu_q, _ = make([40], dim=64)
     check((q * 60, k * 60, v, cu_q), {})
