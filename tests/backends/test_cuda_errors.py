@@ -164,8 +164,8 @@ def test_nvtx_ranges_have_the_kernels_names(fresh_cuda, monkeypatch):
     seen = []
 
     class Range:
-        def __init__(self, name, domain):
-            seen.append((name, domain))
+        def __init__(self, name, color, domain):
+            seen.append((name, color, domain))
 
         def __enter__(self):
             seen.append("in")
@@ -179,4 +179,4 @@ def test_nvtx_ranges_have_the_kernels_names(fresh_cuda, monkeypatch):
     monkeypatch.setattr(cuda_simt, "launch", lambda plan, device: seen.append("launch"))
     plan = some_plans()[0]
     cuda_runtime.run([plan])
-    assert seen == [(plan.name, "vlmops"), "in", "launch", "out"]
+    assert seen == [(plan.name, "purple", "vlmops"), "in", "launch", "out"]
