@@ -215,3 +215,12 @@ def test_memory_of_a_forward_that_cannot_run_is_an_error_not_a_figure():
 
 def test_settings_default_to_both_dtypes():
     assert Settings().dtypes == tuple(bars.DTYPES)
+
+
+def test_preparing_photos_is_checked_before_it_is_timed():
+    """Few photos: pixels equal the PIL processor's, or there is no speed."""
+    from vlmops.profiling import bench_stack
+
+    (row,) = bench_stack.preprocess_rows(Settings(quick=True, warmup=1))
+    assert not row.wrong and row.measured is not None and row.measured > 0
+    assert row.bar == 2.0
