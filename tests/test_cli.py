@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,3 +91,14 @@ def test_an_unknown_command_is_an_error(run):
     code, text = run("fly")
     assert code == 2
     assert "No such command" in text
+
+
+def test_the_stack_is_imported_when_it_is_asked_for():
+    """No command pays for it, and `vlmops.models` and `vlmops.images` are there without an import of their own."""
+    lines = [
+        "import sys, vlmops, vlmops.cli",
+        "assert 'vlmops.models' not in sys.modules and 'vlmops.images' not in sys.modules",
+        "vlmops.models.build, vlmops.images.prepare",
+        "assert not hasattr(vlmops, 'nothing')",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)

@@ -1,5 +1,8 @@
 """vlmops: vision-language models, faster, with the same answers."""
 
+import importlib
+from types import ModuleType
+
 from vlmops import ops
 from vlmops.backends import use_backend
 from vlmops.ops._shared.packing import packed_bytes, repack
@@ -17,3 +20,10 @@ __all__ = [
     "unpatch_model",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``vlmops.images`` and ``vlmops.models``, imported when they are first asked for: patching needs neither."""
+    if name in ("images", "models"):
+        return importlib.import_module(f"vlmops.{name}")
+    raise AttributeError(f"module 'vlmops' has no attribute {name!r}")

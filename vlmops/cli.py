@@ -66,9 +66,23 @@ def info(
     console.print(table)
 
 
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="One model, in full.")] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON for scripts.")] = False,
+) -> None:
+    """The models that `vlmops.models.build` makes: types, parts, parameters, images.
+
+    With a name: its config, its parameters part by part, and the places a picture of 1024 x 768 takes in its prompt.
+    """
+    from vlmops.models.cli import show
+
+    show(name, as_json)
+
+
 def _add_lazy_commands() -> None:
     from vlmops.demo.cli import demo
-    from vlmops.models.cli import models
     from vlmops.profiling.cli import bench
     from vlmops.profiling.gpu_check.cli import gpu_check
     from vlmops.profiling.profile_cli import profile
@@ -79,7 +93,6 @@ def _add_lazy_commands() -> None:
     app.command("gpu-check")(gpu_check)
     app.command()(profile)
     app.command()(tune)
-    app.command()(models)
 
 
 _add_lazy_commands()

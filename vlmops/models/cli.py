@@ -5,32 +5,26 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
+import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from vlmops.models.presets import Preset
+from vlmops import images
+from vlmops.models.chat import places
+from vlmops.models.presets import PRESETS, TYPES, Preset, build
 
-__all__ = ["models"]
+__all__ = ["show"]
 
 EXAMPLE = (768, 1024)  # height and width of the image whose tokens are counted
 SHOWN = 16  # numbers of a list; a code book has thousands
 
 
-def models(
-    name: Annotated[str | None, typer.Argument(help="One model, in full.")] = None,
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print plain JSON for scripts.")] = False,
-) -> None:
-    """The models that `vlmops.models.build` makes: types, parts, parameters, images.
-
-    With a name: its config, its parameters part by part, and the places a picture of 1024 x 768 takes in its prompt.
-    """
-    from vlmops.models.presets import PRESETS
-
+def show(name: str | None, as_json: bool) -> None:
+    """Print the list of presets, or one in full; arguments as the command has them."""
     console = Console(highlight=False)
     if not console.is_terminal and console.width == 80:
         console = Console(highlight=False, width=200)
@@ -70,13 +64,6 @@ def _connector(preset: Preset) -> str:
 
 def _whole(name: str, preset: Preset) -> dict[str, Any]:
     """All there is to say of one; its parameters are counted, not looked up."""
-    import torch
-    from PIL import Image
-
-    from vlmops import images
-    from vlmops.models.chat import places
-    from vlmops.models.presets import TYPES, build
-
     with torch.device("meta"):
         vlm = build(name)
     counted = {part: sum(p.numel() for p in module.parameters()) for part, module in vlm.named_children()}
