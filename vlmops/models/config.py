@@ -6,10 +6,19 @@ A preset (``presets.py``) is a value of ``VLMConfig``; a checkpoint's ``config.j
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["ConnectorConfig", "CrossConfig", "DecoderConfig", "RopeScaling", "VLMConfig", "VisionConfig", "VqConfig"]
+__all__ = [
+    "ConnectorConfig",
+    "CrossConfig",
+    "DecoderConfig",
+    "RopeScaling",
+    "VLMConfig",
+    "VisionConfig",
+    "VqConfig",
+    "check_same",
+]
 
 
 @dataclass(frozen=True)
@@ -367,3 +376,11 @@ class VLMConfig:
     end_tokens: tuple[int, ...] = ()
     pad_token: int = 0
     images: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_same(wanted: Any, read: Any, family: str) -> None:
+    """ValueError with the first option of a config that is another one when the family's file is read again."""
+    for name in (f.name for f in fields(wanted)):
+        value, found = getattr(wanted, name), getattr(read, name)
+        if value != found:
+            raise ValueError(f"{name}: family {family} cannot have {value!r} here, its files say {found!r}")

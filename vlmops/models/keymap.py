@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KeyMapError", "Rule", "expand", "load", "load_into", "prefixed", "save"]
+__all__ = ["KeyMapError", "Rule", "affine", "expand", "layer", "load", "load_into", "prefixed", "save"]
 
 
 #: Ways of ``Rule.how``: "" without a number, "1" with one, "*" either.
@@ -91,6 +91,16 @@ def prefixed(rules: Iterable[Rule], ours: str = "", theirs: str = "") -> list[Ru
         replace(rule, ours=ours + rule.ours if rule.ours else "", theirs=[theirs + name for name in rule.theirs])
         for rule in rules
     ]
+
+
+def affine(ours: tuple[str, str], theirs: str, bias: bool = True, how: str = "") -> list[Rule]:
+    """Weight and, where there is one, bias of one of their layers or norms, as our two names."""
+    return [Rule(ours[0], f"{theirs}.weight", how), *([Rule(ours[1], f"{theirs}.bias", how)] if bias else [])]
+
+
+def layer(ours: str, theirs: str, bias: bool = True) -> list[Rule]:
+    """``affine`` of a layer or norm that is a module here, too."""
+    return affine((f"{ours}.weight", f"{ours}.bias"), theirs, bias)
 
 
 def load(

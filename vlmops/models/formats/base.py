@@ -9,17 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmops.models.config import VLMConfig
+from vlmops.models.config import ConnectorConfig, VisionConfig, VLMConfig
 from vlmops.models.keymap import Rule, prefixed
 from vlmops.models.language import families as decoders
 from vlmops.models.vision import keys as tower_keys
 from vlmops.models.vlm import VLM
 
-__all__ = ["ACTIVATIONS", "Format", "Json", "Renamed", "affine", "decoder_rules", "text_part", "tower_rules"]
+__all__ = ["Format", "Json", "Renamed", "decoder_rules", "parts", "text_part", "tower_rules"]
 
 Json = Mapping[str, Any]
-#: transformers' name of an activation -> ours.
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,13 @@ def text_part(json: Json) -> dict[str, Any]:
     return text
 
 
+def parts(config: VLMConfig, kind: str, what: str) -> tuple[VisionConfig, ConnectorConfig]:
+    """Tower and connector of a model that has both; ValueError where the connector is not of this kind (``what``, in words)."""
+    if config.vision is None or config.connector is None or config.connector.kind != kind:
+        raise ValueError(f"connector: expected a tower and {what} in a {config.family} checkpoint")
+    return config.vision, config.connector
+
+
 def tower_rules(config: VLMConfig, theirs: str) -> list[Rule]:
     """Of the tower, under their prefix."""
     assert config.vision is not None
@@ -96,8 +101,3 @@ def tower_rules(config: VLMConfig, theirs: str) -> list[Rule]:
 def decoder_rules(config: VLMConfig, base: str, head: str) -> list[Rule]:
     """Of the decoder, under their prefix and their name of the output projection."""
     return prefixed(decoders.keys(config.decoder, config.decoder_family, base=base, head=head), ours="decoder.")
-
-
-def affine(ours: tuple[str, str], theirs: str, bias: bool = True) -> list[Rule]:
-    """Weight and bias of one of their linear layers or norms, as our two names."""
-    return [Rule(ours[0], f"{theirs}.weight"), *([Rule(ours[1], f"{theirs}.bias")] if bias else [])]

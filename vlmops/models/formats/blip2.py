@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmops.models import activations
 from vlmops.models.assemblies.projected import ProjectedVLM
 from vlmops.models.config import ConnectorConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import ACTIVATIONS, Format, Json, affine, decoder_rules, text_part, tower_rules
-from vlmops.models.keymap import Rule
+from vlmops.models.formats.base import Format, Json, decoder_rules, text_part, tower_rules
+from vlmops.models.keymap import Rule, affine, layer
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
@@ -31,10 +32,9 @@ def read(json: Json) -> VLMConfig:
         raise ValueError(
             "image_token_index: expected the token whose places the queries take, as files since 2024 have it"
         )
-    activation = query.get("hidden_act", "gelu")
     connector = ConnectorConfig(
         "qformer", vision.width, decoder.width, hidden=query.get("intermediate_size", 3072),
-        activation=ACTIVATIONS.get(activation, activation), norm_eps=query.get("layer_norm_eps", 1e-12),
+        activation=activations.ours(query.get("hidden_act", "gelu")), norm_eps=query.get("layer_norm_eps", 1e-12),
         queries=json.get("num_query_tokens", 32), layers=query.get("num_hidden_layers", 12),
         heads=query.get("num_attention_heads", 12), width=query.get("hidden_size", 768),
         cross_every=query.get("cross_attention_frequency", 2),
@@ -49,7 +49,6 @@ def read(json: Json) -> VLMConfig:
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``."""
     vision, connector = parts(config)
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
     width = connector.width or connector.in_width
     return {
         "architectures": ["Blip2ForConditionalGeneration"], "model_type": "blip-2",
@@ -59,7 +58,7 @@ def write(config: VLMConfig) -> dict[str, Any]:
         "qformer_config": {
             "model_type": "blip_2_qformer", "hidden_size": width, "num_hidden_layers": connector.layers,
             "num_attention_heads": connector.heads, "intermediate_size": connector.hidden or 4 * width,
-            "hidden_act": names.get(connector.activation, connector.activation), "layer_norm_eps": connector.norm_eps,
+            "hidden_act": activations.theirs(connector.activation), "layer_norm_eps": connector.norm_eps,
             "cross_attention_frequency": connector.cross_every, "encoder_hidden_size": connector.in_width,
         },
     }  # fmt: skip
@@ -86,15 +85,11 @@ def rules(config: VLMConfig) -> list[Rule]:
     return [
         *tower_rules(config, "vision_model."),
         Rule("connector.latents", "query_tokens", "squeeze:1"),
-        *_layer("connector.norm", "qformer.layernorm"),
+        *layer("connector.norm", "qformer.layernorm"),
         *(rule for i in range(connector.layers) for rule in _block(i, i % connector.cross_every == 0)),
-        *affine(("connector.weight", "connector.bias"), "language_projection"),
+        *layer("connector", "language_projection"),
         *decoder_rules(config, f"language_model.{base}", "language_model.lm_head.weight"),
     ]
-
-
-def _layer(ours: str, theirs: str) -> list[Rule]:
-    return affine((f"{ours}.weight", f"{ours}.bias"), theirs)
 
 
 def _block(i: int, crosses: bool) -> list[Rule]:
@@ -104,7 +99,7 @@ def _block(i: int, crosses: bool) -> list[Rule]:
         *(_attention(ours + "cross.", theirs + "crossattention.") if crosses else []),
         *affine((ours + "w1", ours + "b1"), theirs + "intermediate_query.dense"),
         *affine((ours + "w2", ours + "b2"), theirs + "output_query.dense"),
-        *_layer(ours + "norm", theirs + "output_query.LayerNorm"),
+        *layer(ours + "norm", theirs + "output_query.LayerNorm"),
     ]
 
 
@@ -115,7 +110,7 @@ def _attention(ours: str, theirs: str) -> list[Rule]:
         Rule(ours + "kv", [f"{name}.weight" for name in names], "cat"),
         Rule(ours + "kv_bias", [f"{name}.bias" for name in names], "cat"),
         *affine((ours + "out", ours + "out_bias"), theirs + "output.dense"),
-        *_layer(ours + "norm", theirs + "output.LayerNorm"),
+        *layer(ours + "norm", theirs + "output.LayerNorm"),
     ]
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from vlmops.models.assemblies.native import ChameleonVLM
 from vlmops.models.config import VLMConfig, VqConfig
-from vlmops.models.formats.base import Format, Json, affine, decoder_rules
-from vlmops.models.keymap import Rule, prefixed
+from vlmops.models.formats.base import Format, Json, decoder_rules
+from vlmops.models.keymap import Rule, affine, layer, prefixed
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 
@@ -103,7 +103,7 @@ def vq_rules(vq: VqConfig) -> list[Rule]:
             wider = j == 0 and multipliers[i] != multipliers[i + 1]
             found += _residual(f"levels.{i}.{j}", f"encoder.down.{i}.block.{j}", wider)
     for i in levels[:-1]:
-        found += _layer(f"down.{i}", f"encoder.down.{i}.downsample.conv")
+        found += layer(f"down.{i}", f"encoder.down.{i}.downsample.conv")
     for k, name in ((0, "mid.block_1"), (2, "mid.block_2")):
         found += _residual(f"middle.{k}", f"encoder.{name}", False)
     attention = "encoder.mid.attn_1."
@@ -112,24 +112,20 @@ def vq_rules(vq: VqConfig) -> list[Rule]:
         ("to_code", "quant_conv"),
         ("from_code", "post_quant_conv"),
     ):
-        found += _layer(ours, theirs)
+        found += layer(ours, theirs)
     for ours, kind in (("middle.1.qkv", "weight"), ("middle.1.qkv_bias", "bias")):
         found.append(Rule(ours, [f"{attention}{x}.{kind}" for x in "qkv"], "cat"))
     return [*found, *affine(("middle.1.out", "middle.1.out_bias"), attention + "proj_out")]
 
 
-def _layer(ours: str, theirs: str) -> list[Rule]:
-    return affine((f"{ours}.weight", f"{ours}.bias"), theirs)
-
-
 def _same(name: str) -> list[Rule]:
-    return _layer(name, f"encoder.{name}")
+    return layer(name, f"encoder.{name}")
 
 
 def _residual(ours: str, theirs: str, wider: bool) -> list[Rule]:
     parts = ("norm1", "conv1", "norm2", "conv2")
-    shortcut = _layer(f"{ours}.shortcut", f"{theirs}.nin_shortcut") if wider else []
-    return [*(rule for part in parts for rule in _layer(f"{ours}.{part}", f"{theirs}.{part}")), *shortcut]
+    shortcut = layer(f"{ours}.shortcut", f"{theirs}.nin_shortcut") if wider else []
+    return [*(rule for part in parts for rule in layer(f"{ours}.{part}", f"{theirs}.{part}")), *shortcut]
 
 
 FORMAT = Format(("chameleon",), ChameleonVLM, read, write, rules)

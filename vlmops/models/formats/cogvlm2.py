@@ -7,8 +7,8 @@ from typing import Any
 
 from vlmops.models.assemblies.expert import CogVLM2
 from vlmops.models.config import ConnectorConfig, DecoderConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import Format, Json, affine, tower_rules
-from vlmops.models.keymap import Rule
+from vlmops.models.formats.base import Format, Json, parts, tower_rules
+from vlmops.models.keymap import Rule, affine, layer
 
 __all__ = ["FORMAT", "read", "rules", "write"]
 
@@ -50,7 +50,7 @@ def read(json: Json) -> VLMConfig:
 
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``, which their code reads."""
-    vision, _ = parts(config)
+    vision, _ = parts(config, "glu", "one of kind glu")
     side = (vision.image_size or 0) // vision.patch_size
     json: dict[str, Any] = {
         "architectures": ["CogVLMForCausalLM"], **{theirs: getattr(config.decoder, ours) for theirs, ours in TEXT.items()},
@@ -72,16 +72,9 @@ def _plain(config: DecoderConfig) -> DecoderConfig:
     )
 
 
-def parts(config: VLMConfig) -> tuple[VisionConfig, ConnectorConfig]:
-    """Tower and connector; ValueError where the family cannot have what the config asks for."""
-    if config.vision is None or config.connector is None or config.connector.kind != "glu":
-        raise ValueError("connector: expected a tower and one of kind glu in a cogvlm2 checkpoint")
-    return config.vision, config.connector
-
-
 def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose."""
-    parts(config)
+    parts(config, "glu", "one of kind glu")
     vision, layers = "model.vision.", range(config.decoder.layers)
     ours, theirs = "decoder.blocks.{i}.", "model.layers.{i}."
     found = [
@@ -107,7 +100,7 @@ def rules(config: VLMConfig) -> list[Rule]:
         *tower_rules(config, vision),
         *affine(("connector.conv", "connector.conv_bias"), vision + "conv"),
         Rule("connector.proj", vision + "linear_proj.linear_proj.weight"),
-        *affine(("connector.norm.weight", "connector.norm.bias"), vision + "linear_proj.norm1"),
+        *layer("connector.norm", vision + "linear_proj.norm1"),
         Rule("connector.w_up", vision + "linear_proj.dense_h_to_4h.weight"),
         Rule("connector.w_gate", vision + "linear_proj.gate_proj.weight"),
         Rule("connector.w_down", vision + "linear_proj.dense_4h_to_h.weight"),

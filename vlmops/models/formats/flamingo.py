@@ -11,8 +11,8 @@ from typing import Any
 
 from vlmops.models.assemblies.crossed import FlamingoVLM
 from vlmops.models.config import ConnectorConfig, CrossConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import Format, Json, affine, tower_rules
-from vlmops.models.keymap import Rule
+from vlmops.models.formats.base import Format, Json, decoder_rules, tower_rules
+from vlmops.models.keymap import Rule, layer
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
@@ -84,14 +84,14 @@ def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose; the language model's blocks are wrapped together with their cross-attention."""
     _, cross = parts(config)
     base = decoders.BASES.get(config.decoder_family, "model.")
-    layer, found = f"lang_encoder.{base}layers.", []
-    for rule in decoders.keys(config.decoder, config.decoder_family):
-        names = [f"lang_encoder.{n}".replace(layer + "{i}.", layer + "{i}.decoder_layer.") for n in rule.theirs]
-        found.append(replace(rule, ours=f"decoder.{rule.ours}" if rule.ours else "", theirs=names))
+    block, found = f"lang_encoder.{base}layers.", []
+    for rule in decoder_rules(config, f"lang_encoder.{base}", "lang_encoder.lm_head.weight"):
+        names = [n.replace(block + "{i}.", block + "{i}.decoder_layer.") for n in rule.theirs]
+        found.append(replace(rule, theirs=names))
     for i in filter(cross.stands, range(config.decoder.layers)):
-        ours, theirs = f"decoder.blocks.{i}.cross.", f"{layer}{i}.gated_cross_attn_layer."
+        ours, theirs = f"decoder.blocks.{i}.cross.", f"{block}{i}.gated_cross_attn_layer."
         found += [
-            *affine((ours + "norm1.weight", ours + "norm1.bias"), theirs + "attn.norm"),
+            *layer(ours + "norm1", theirs + "attn.norm"),
             *(Rule(ours + a, f"{theirs}attn.to_{b}.weight") for a, b in (("q", "q"), ("kv", "kv"), ("out", "out"))),
             Rule(ours + "attention_gate", theirs + "attn_gate"),
             *_feed_forward(ours + "norm2", ours, theirs),
@@ -100,8 +100,8 @@ def rules(config: VLMConfig) -> list[Rule]:
     for i in range(DEPTH):
         ours, theirs = f"connector.layers.{i}.", f"perceiver.layers.{i}."
         found += [
-            *affine((ours + "context_norm.weight", ours + "context_norm.bias"), theirs + "norm_media"),
-            *affine((ours + "latent_norm.weight", ours + "latent_norm.bias"), theirs + "norm_latents"),
+            *layer(ours + "context_norm", theirs + "norm_media"),
+            *layer(ours + "latent_norm", theirs + "norm_latents"),
             *(Rule(ours + a, f"{theirs}to_{b}.weight") for a, b in (("q", "q"), ("kv", "kv"), ("out", "out"))),
             *_feed_forward(ours + "mlp_norm", ours, theirs),
         ]
@@ -109,13 +109,13 @@ def rules(config: VLMConfig) -> list[Rule]:
         *found,
         *tower_rules(config, "vision_encoder."),
         Rule("connector.latents", "perceiver.latents"),
-        *affine(("connector.norm.weight", "connector.norm.bias"), "perceiver.norm"),
+        *layer("connector.norm", "perceiver.norm"),
     ]
 
 
 def _feed_forward(norm: str, ours: str, theirs: str) -> list[Rule]:
     return [
-        *affine((norm + ".weight", norm + ".bias"), theirs + "feed_forward.0"),
+        *layer(norm, theirs + "feed_forward.0"),
         Rule(ours + "w1", theirs + "feed_forward.1.weight"),
         Rule(ours + "w2", theirs + "feed_forward.3.weight"),
     ]

@@ -6,8 +6,8 @@ from typing import Any
 
 from vlmops.models.assemblies.native import FuyuVLM
 from vlmops.models.config import ConnectorConfig, VLMConfig
-from vlmops.models.formats.base import Format, Json, affine, decoder_rules, text_part
-from vlmops.models.keymap import Rule
+from vlmops.models.formats.base import Format, Json, decoder_rules, text_part
+from vlmops.models.keymap import Rule, layer
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 
@@ -61,7 +61,7 @@ def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose."""
     patch_size(config)
     return [
-        *affine(("connector.weight", "connector.bias"), "vision_embed_tokens"),
+        *layer("connector", "vision_embed_tokens"),
         *decoder_rules(config, "language_model.model.", "language_model.lm_head.weight"),
     ]
 

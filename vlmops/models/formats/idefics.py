@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from vlmops.models import activations
 from vlmops.models.assemblies.crossed import FlamingoVLM
 from vlmops.models.config import ConnectorConfig, CrossConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import ACTIVATIONS, Format, Json, tower_rules
+from vlmops.models.formats.base import Format, Json, decoder_rules, tower_rules
 from vlmops.models.keymap import Rule
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
@@ -88,7 +89,7 @@ def write(config: VLMConfig) -> dict[str, Any]:
         "additional_vocab_size": config.added_tokens, "cross_layer_interval": cross.every, "qk_layer_norms": cross.qk_norm,
         "alpha_type": "float", "use_resampler": connector is not None, "perceiver_config": _perceiver(connector),
         "vision_config": {
-            "model_type": "idefics_vision", "hidden_act": _named(vision.activation),
+            "model_type": "idefics_vision", "hidden_act": activations.theirs(vision.activation),
             **{theirs: getattr(vision, ours) for ours, theirs in VISION.items()},
         },
     }  # fmt: skip
@@ -101,10 +102,6 @@ def write(config: VLMConfig) -> dict[str, Any]:
 def _plain(config: VLMConfig) -> VLMConfig:
     decoder = replace(config.decoder, kv_heads=config.decoder.groups, head_dim=config.decoder.dim)
     return replace(config, decoder=decoder)
-
-
-def _named(activation: str) -> str:
-    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == activation), activation)
 
 
 def _perceiver(connector: ConnectorConfig | None) -> dict[str, Any]:
@@ -135,8 +132,7 @@ def rules(config: VLMConfig) -> list[Rule]:
         "decoder.embedding": ["model.embed_tokens.weight", "model.embed_tokens.additional_embedding.weight"],
         "decoder.head": ["lm_head.weight", "lm_head.additional_fc.weight"],
     }
-    plain = decoders.keys(config.decoder, "llama")
-    found = [Rule(f"decoder.{r.ours}" if r.ours else "", r.theirs, r.how, r.layers) for r in plain]
+    found = decoder_rules(config, "model.", "lm_head.weight")
     if config.added_tokens:
         found = [Rule(r.ours, added[r.ours], sizes) if r.ours in added else r for r in found]
     found += tower_rules(config, "model.vision_model.")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmops.models import activations
 from vlmops.models.assemblies.projected import ProjectedVLM
 from vlmops.models.config import ConnectorConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import ACTIVATIONS, Format, Json, affine, decoder_rules, text_part, tower_rules
-from vlmops.models.keymap import Rule
+from vlmops.models.formats.base import Format, Json, decoder_rules, parts, text_part, tower_rules
+from vlmops.models.keymap import Rule, affine
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
@@ -40,10 +41,9 @@ def base_values(json: Json) -> dict[str, Any]:
     vision = towers.from_json(seen)
     layer = json.get("vision_feature_layer", -2)
     layers = layer if isinstance(layer, int) else tuple(layer)
-    act = str(json.get("projector_hidden_act", "gelu"))
     connector = ConnectorConfig(
         "mlp", vision.width * (1 if isinstance(layers, int) else len(layers)), decoder.width,
-        activation=ACTIVATIONS.get(act, act),
+        activation=activations.ours(json.get("projector_hidden_act", "gelu")),
         bias=json.get("multimodal_projector_bias", True),
     )  # fmt: skip
     full = json.get("vision_feature_select_strategy", "default") == "full"
@@ -66,14 +66,13 @@ def image_options(vision: VisionConfig, long_edge: int = 1024) -> dict[str, Any]
 
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``."""
-    vision, connector = parts(config)
+    vision, connector = parts(config, "mlp", "an MLP")
     seen = tower_json(vision, config.vision_family)
     if vision.position == "rope":  # any size fits, but theirs makes its rotary table for this one
         seen["image_size"] = config.images.get("long_edge", 1024)
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
     return {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": config.image_token, "projector_hidden_act": names.get(connector.activation, connector.activation),
+        "image_token_index": config.image_token, "projector_hidden_act": activations.theirs(connector.activation),
         "multimodal_projector_bias": connector.bias, "tie_word_embeddings": config.decoder.tied,
         "text_config": decoder_json(config.decoder, config.decoder_family),
         "vision_config": seen,
@@ -82,16 +81,9 @@ def write(config: VLMConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parts(config: VLMConfig) -> tuple[VisionConfig, ConnectorConfig]:
-    """Tower and connector; ValueError where the family cannot have what the config asks for."""
-    if config.vision is None or config.connector is None or config.connector.kind != "mlp":
-        raise ValueError(f"connector: expected a tower and an MLP in a {config.family} checkpoint")
-    return config.vision, config.connector
-
-
 def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose."""
-    _, connector = parts(config)
+    _, connector = parts(config, "mlp", "an MLP")
     return [
         *tower_rules(config, "vision_tower."),
         *affine(("connector.w1", "connector.b1"), PROJECTOR + "linear_1", connector.bias),

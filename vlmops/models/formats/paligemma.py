@@ -6,9 +6,9 @@ from typing import Any
 
 from vlmops.models.assemblies.projected import ProjectedVLM
 from vlmops.models.config import ConnectorConfig, VLMConfig
-from vlmops.models.formats.base import Format, Json, affine, decoder_rules, text_part, tower_rules
+from vlmops.models.formats.base import Format, Json, decoder_rules, parts, text_part, tower_rules
 from vlmops.models.formats.llava import RENAMES, image_options
-from vlmops.models.keymap import Rule
+from vlmops.models.keymap import Rule, layer
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
@@ -31,10 +31,9 @@ def read(json: Json) -> VLMConfig:
 
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``."""
-    if config.vision is None or config.connector is None or config.connector.kind != "linear":
-        raise ValueError("connector: expected a tower and a linear layer in a paligemma checkpoint")
+    vision, _ = parts(config, "linear", "a linear layer")
     text = decoder_json(config.decoder, "gemma2")
-    seen = {**tower_json(config.vision, "siglip"), "projection_dim": config.decoder.width, "vision_use_head": False}
+    seen = {**tower_json(vision, "siglip"), "projection_dim": config.decoder.width, "vision_use_head": False}
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"], "model_type": "paligemma",
         "image_token_index": config.image_token, "projection_dim": config.decoder.width, "hidden_size": config.decoder.width,
@@ -46,7 +45,7 @@ def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose."""
     return [
         *tower_rules(config, "vision_tower."),
-        *affine(("connector.weight", "connector.bias"), "multi_modal_projector.linear"),
+        *layer("connector", "multi_modal_projector.linear"),
         *decoder_rules(config, "language_model.model.", "language_model.lm_head.weight"),
     ]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from vlmops.models.assemblies.projected import ProjectedVLM
-from vlmops.models.config import ConnectorConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import Format, Json, affine, decoder_rules, text_part, tower_rules
-from vlmops.models.keymap import Rule
+from vlmops.models.config import ConnectorConfig, VLMConfig
+from vlmops.models.formats.base import Format, Json, decoder_rules, parts, text_part, tower_rules
+from vlmops.models.keymap import Rule, affine, layer
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
@@ -44,7 +44,7 @@ def values(json: Json, family: str, norm: str) -> dict[str, Any]:
 
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``; for Qwen2.5-VL too."""
-    vision, _ = parts(config)
+    vision, _ = parts(config, "merger", "a merger")
     name = "Qwen2VL" if config.family == "qwen2_vl" else "Qwen2_5_VL"
     return {
         "architectures": [f"{name}ForConditionalGeneration"], "model_type": config.family,
@@ -55,19 +55,12 @@ def write(config: VLMConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def parts(config: VLMConfig) -> tuple[VisionConfig, ConnectorConfig]:
-    """Tower and connector; ValueError where the family cannot have what the config asks for."""
-    if config.vision is None or config.connector is None or config.connector.kind != "merger":
-        raise ValueError(f"connector: expected a tower and a merger in a {config.family} checkpoint")
-    return config.vision, config.connector
-
-
 def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose."""
-    _, connector = parts(config)
+    _, connector = parts(config, "merger", "a merger")
     return [
         *tower_rules(config, "visual."),
-        *affine(("connector.norm.weight", "connector.norm.bias"), MERGER + "ln_q", connector.norm != "rms_norm"),
+        *layer("connector.norm", MERGER + "ln_q", connector.norm != "rms_norm"),
         *affine(("connector.w1", "connector.b1"), MERGER + "mlp.0"),
         *affine(("connector.w2", "connector.b2"), MERGER + "mlp.2"),
         *decoder_rules(config, "model.", "lm_head.weight"),

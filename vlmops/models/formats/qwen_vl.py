@@ -11,8 +11,8 @@ from typing import Any
 
 from vlmops.models.assemblies.qwen_vl import QwenVL
 from vlmops.models.config import ConnectorConfig, VisionConfig, VLMConfig
-from vlmops.models.formats.base import Format, Json, affine, decoder_rules, tower_rules
-from vlmops.models.keymap import Rule
+from vlmops.models.formats.base import Format, Json, decoder_rules, parts, tower_rules
+from vlmops.models.keymap import Rule, affine, layer
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 
@@ -48,7 +48,7 @@ def read(json: Json) -> VLMConfig:
 
 def write(config: VLMConfig) -> dict[str, Any]:
     """Ours -> ``config.json``, which their code reads."""
-    vision, connector = parts(config)
+    vision, connector = parts(config, "resampler", "a resampler")
     json = {
         **decoder_json(config.decoder, "qwen"), "architectures": ["QWenLMHeadModel"],
         "visual": {
@@ -69,27 +69,20 @@ def _ratio(vision: VisionConfig) -> float:
     return ratio if int(vision.width * ratio) == vision.mlp_width else math.nextafter(ratio, math.inf)
 
 
-def parts(config: VLMConfig) -> tuple[VisionConfig, ConnectorConfig]:
-    """Tower and connector; ValueError where the family cannot have what the config asks for."""
-    if config.vision is None or config.connector is None or config.connector.kind != "resampler":
-        raise ValueError("connector: expected a tower and a resampler in a qwen_vl checkpoint")
-    return config.vision, config.connector
-
-
 def rules(config: VLMConfig) -> list[Rule]:
     """Whose tensor is whose."""
-    parts(config)
+    parts(config, "resampler", "a resampler")
     visual = "transformer.visual."
     return [
         *tower_rules(config, visual),
         Rule("connector.latents", POOL + "query"),
         Rule("connector.kv_proj", POOL + "kv_proj.weight"),
-        *affine(("connector.q_norm.weight", "connector.q_norm.bias"), POOL + "ln_q"),
-        *affine(("connector.kv_norm.weight", "connector.kv_norm.bias"), POOL + "ln_kv"),
+        *layer("connector.q_norm", POOL + "ln_q"),
+        *layer("connector.kv_norm", POOL + "ln_kv"),
         Rule("connector.qkv", POOL + "attn.in_proj_weight"),
         Rule("connector.qkv_bias", POOL + "attn.in_proj_bias"),
         *affine(("connector.out", "connector.out_bias"), POOL + "attn.out_proj"),
-        *affine(("connector.out_norm.weight", "connector.out_norm.bias"), visual + "ln_post"),
+        *layer("connector.out_norm", visual + "ln_post"),
         Rule("connector.proj", visual + "proj"),
         Rule("", POOL + "pos_embed", "ignore"),
         *decoder_rules(config, "transformer.", "lm_head.weight"),

@@ -13,8 +13,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vlmops.models import activations
 from vlmops.models.config import DecoderConfig, RopeScaling
-from vlmops.models.keymap import Rule
+from vlmops.models.keymap import Rule, affine, layer
 
 __all__ = ["FAMILIES", "MODEL_TYPES", "from_json", "keys"]
 
@@ -35,7 +36,6 @@ NAMES = {
 }  # fmt: skip
 #: Families whose files may ask for biases everywhere in the attention, and in the MLP.
 BIASES = {"attention_bias": ("llama", "gemma2", "chameleon"), "mlp_bias": ("llama", "chameleon")}
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
 #: What transformers takes where a file leaves something out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": dict(vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008),
@@ -99,7 +99,7 @@ def from_json(json: Json, family: str | None = None) -> DecoderConfig:
             raise ValueError(f"{name}: family {family} has none, got {json[name]!r}")
     values: dict[str, Any] = {ours: json[theirs] for theirs, ours in NAMES.items() if theirs in json}
     activation = json.get("hidden_activation") or json.get("hidden_act") or json.get("activation_function") or "silu"
-    values |= dict(activation=ACTIVATIONS.get(activation, activation))
+    values |= dict(activation=activations.ours(activation))
     if json.get("attention_bias"):
         values |= dict(qkv_bias=True, o_bias=True)
     if family == "opt":
@@ -256,25 +256,16 @@ def _llama_keys(config: DecoderConfig, base: str) -> list[Rule]:
         ),
         Rule("blocks.{i}.qkv", [f"{name}.weight" for name in qkv], cat),
         *([Rule("blocks.{i}.qkv_bias", [f"{name}.bias" for name in qkv], cat)] if config.qkv_bias else []),
-        *_pair("blocks.{i}.o", "blocks.{i}.o_bias", attention + "o_proj", config.o_bias),
+        *affine(("blocks.{i}.o", "blocks.{i}.o_bias"), attention + "o_proj", config.o_bias),
         *(r for x in ("gate", "up", "down") for r in _mlp(x, f"{mlp}{x}_proj", config.mlp_bias)),
-        *(r for x in "qk" * bool(config.qk_norm) for r in _norm(f"blocks.{{i}}.{x}_norm", f"{attention}{x}_norm")),
+        *(r for x in "qk" * bool(config.qk_norm) for r in layer(f"blocks.{{i}}.{x}_norm", f"{attention}{x}_norm")),
         Rule("norm.weight", base + "norm.weight"),
         Rule("", block + "self_attn.rotary_emb.inv_freq", "ignore"),  # in files of early Llamas
     ]
 
 
-def _pair(weight: str, bias: str, theirs: str, has_bias: bool = True, how: str = "") -> list[Rule]:
-    """A weight and, where there is one, its bias."""
-    return [Rule(weight, theirs + ".weight", how), *([Rule(bias, theirs + ".bias", how)] if has_bias else [])]
-
-
 def _mlp(ours: str, theirs: str, has_bias: bool) -> list[Rule]:
-    return _pair(f"blocks.{{i}}.w_{ours}", f"blocks.{{i}}.b_{ours}", theirs, has_bias)
-
-
-def _norm(ours: str, theirs: str) -> list[Rule]:
-    return _pair(ours + ".weight", ours + ".bias", theirs)
+    return affine((f"blocks.{{i}}.w_{ours}", f"blocks.{{i}}.b_{ours}"), theirs, has_bias)
 
 
 def _opt_keys(config: DecoderConfig, base: str) -> list[Rule]:
@@ -283,14 +274,14 @@ def _opt_keys(config: DecoderConfig, base: str) -> list[Rule]:
     return [
         Rule("embedding", base + "embed_tokens.weight"),
         Rule("position_embedding", base + "embed_positions.weight"),
-        *_norm("blocks.{i}.norm1", block + "self_attn_layer_norm"),
+        *layer("blocks.{i}.norm1", block + "self_attn_layer_norm"),
         Rule("blocks.{i}.qkv", [f"{name}.weight" for name in qkv], "cat"),
         *([Rule("blocks.{i}.qkv_bias", [f"{name}.bias" for name in qkv], "cat")] if bias else []),
-        *_pair("blocks.{i}.o", "blocks.{i}.o_bias", block + "self_attn.out_proj", bias),
-        *_norm("blocks.{i}.norm2", block + "final_layer_norm"),
+        *affine(("blocks.{i}.o", "blocks.{i}.o_bias"), block + "self_attn.out_proj", bias),
+        *layer("blocks.{i}.norm2", block + "final_layer_norm"),
         *_mlp("up", block + "fc1", bias),
         *_mlp("down", block + "fc2", bias),
-        *_norm("norm", base + "final_layer_norm"),
+        *layer("norm", base + "final_layer_norm"),
     ]
 
 
@@ -298,14 +289,14 @@ def _persimmon_keys(config: DecoderConfig, base: str) -> list[Rule]:
     block, attention = base + "layers.{i}.", base + "layers.{i}.self_attn."
     return [
         Rule("embedding", base + "embed_tokens.weight"),
-        *_norm("blocks.{i}.norm1", block + "input_layernorm"),
-        *_pair("blocks.{i}.qkv", "blocks.{i}.qkv_bias", attention + "query_key_value", how=f"heads:{config.heads}"),
-        *(r for x in "qk" * bool(config.qk_norm) for r in _norm(f"blocks.{{i}}.{x}_norm", f"{attention}{x}_layernorm")),
-        *_pair("blocks.{i}.o", "blocks.{i}.o_bias", attention + "dense"),
-        *_norm("blocks.{i}.norm2", block + "post_attention_layernorm"),
+        *layer("blocks.{i}.norm1", block + "input_layernorm"),
+        *affine(("blocks.{i}.qkv", "blocks.{i}.qkv_bias"), attention + "query_key_value", how=f"heads:{config.heads}"),
+        *(r for x in "qk" * bool(config.qk_norm) for r in layer(f"blocks.{{i}}.{x}_norm", f"{attention}{x}_layernorm")),
+        *affine(("blocks.{i}.o", "blocks.{i}.o_bias"), attention + "dense"),
+        *layer("blocks.{i}.norm2", block + "post_attention_layernorm"),
         *_mlp("up", block + "mlp.dense_h_to_4h", True),
         *_mlp("down", block + "mlp.dense_4h_to_h", True),
-        *_norm("norm", base + "final_layernorm"),
+        *layer("norm", base + "final_layernorm"),
         Rule("", attention + "rotary_emb.inv_freq", "ignore"),  # in early files
     ]
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from vlmops.models.config import DecoderConfig, RopeScaling
+from vlmops.models import activations
+from vlmops.models.config import DecoderConfig, RopeScaling, check_same
 from vlmops.models.language.families import FAMILIES, MODEL_TYPES, from_json
 
 __all__ = ["to_json"]
 
 Json = dict[str, Any]
 
-ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
 SIZES = {
     "vocab_size": "vocab", "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads",
     "intermediate_size": "mlp_width", "tie_word_embeddings": "tied",
@@ -49,14 +49,14 @@ def to_json(
     json = {"model_type": kind, **json}
     if max_positions is not None:
         json["max_position_embeddings"] = max_positions
-    _check(config, family, json)
+    check_same(_normal(config), _normal(from_json(json, family)), family)
     return json
 
 
 def _plain(config: DecoderConfig, family: str) -> Json:
     """Of every family but Qwen 1."""
     json: Json = {theirs: getattr(config, ours) for theirs, ours in SIZES.items()}
-    activation = ACTIVATIONS.get(config.activation, config.activation)
+    activation = activations.theirs(config.activation)
     if family == "opt":
         json["ffn_dim"] = json.pop("intermediate_size")
         return json | dict(
@@ -130,15 +130,6 @@ def _qwen(config: DecoderConfig) -> Json:
         rotary_emb_base=config.rope_theta, rotary_pct=1.0, no_bias=True, scale_attn_weights=True, use_dynamic_ntk=False,
         use_logn_attn=False, tie_word_embeddings=config.tied,
     )  # fmt: skip
-
-
-def _check(config: DecoderConfig, family: str, json: Json) -> None:
-    """ValueError with the first option that is another when the file is read."""
-    wanted, read = _normal(config), _normal(from_json(json, family))
-    for name in (f.name for f in fields(DecoderConfig)):
-        value, found = getattr(wanted, name), getattr(read, name)
-        if value != found:
-            raise ValueError(f"{name}: family {family} cannot have {value!r} here, its files say {found!r}")
 
 
 def _normal(config: DecoderConfig) -> DecoderConfig:

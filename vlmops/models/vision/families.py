@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vlmops.models import activations
 from vlmops.models.config import VisionConfig
 
 __all__ = ["FAMILIES", "MODEL_TYPES", "from_json"]
@@ -18,7 +19,6 @@ NAMES = {
     "patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "spatial_merge_size": "merge_size",
     "hidden_act": "activation", "layer_norm_eps": "norm_eps", "window_size": "window", "num_register_tokens": "registers",
 }  # fmt: skip
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, image_size=224)
 NATIVE = dict(depth=32, num_heads=16, patch_size=14, temporal_patch_size=2, spatial_merge_size=2)
 
@@ -49,7 +49,7 @@ def _read(json: Json, **defaults: Any) -> dict[str, Any]:
     for theirs, default in defaults.items():
         value = json.get(theirs)
         found[NAMES[theirs]] = default if value is None else value
-    found["activation"] = ACTIVATIONS.get(found["activation"], found["activation"])
+    found["activation"] = activations.ours(found["activation"])
     return found
 
 

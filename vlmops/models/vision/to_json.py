@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from vlmops.models.config import VisionConfig
+from vlmops.models import activations
+from vlmops.models.config import VisionConfig, check_same
 from vlmops.models.vision.families import FAMILIES, from_json
 
 __all__ = ["to_json"]
@@ -38,8 +39,8 @@ def to_json(config: VisionConfig, family: str, *, out_width: int | None = None) 
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     json: Json = {"model_type": MODEL_TYPES[family], "patch_size": config.patch_size}
-    activation = "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else config.activation
-    json |= {"hidden_act": "gelu" if family.startswith("dinov2") and config.gated else activation}
+    dinov2_gated = family.startswith("dinov2") and config.gated  # whose files name the activation of the plain form
+    json |= {"hidden_act": "gelu" if dinov2_gated else activations.theirs(config.activation)}
     if family in NATIVE:
         json |= _native(config, family, out_width)
     else:
@@ -47,7 +48,8 @@ def to_json(config: VisionConfig, family: str, *, out_width: int | None = None) 
             hidden_size=config.width, num_hidden_layers=config.layers, num_attention_heads=config.heads,
             **_square(config, family),
         )  # fmt: skip
-    _check(config, family, json)
+    wanted, read = (replace(x, head_dim=x.dim) for x in (config, from_json(json, family)))
+    check_same(wanted, read, family)
     return json
 
 
@@ -89,12 +91,3 @@ def _rope(config: VisionConfig) -> Json:
 def _gated(hidden: int) -> int:
     """DINOv2's width of a gated MLP."""
     return (int(hidden * 2 / 3) + 7) // 8 * 8
-
-
-def _check(config: VisionConfig, family: str, json: Json) -> None:
-    """ValueError with the first option that is another when the file is read."""
-    wanted, read = (replace(x, head_dim=x.dim) for x in (config, from_json(json, family)))
-    for name in (f.name for f in fields(VisionConfig)):
-        value, found = getattr(wanted, name), getattr(read, name)
-        if value != found:
-            raise ValueError(f"{name}: family {family} cannot have {value!r} here, its files say {found!r}")
