@@ -58,7 +58,7 @@ def _row(name: str, preset: Preset) -> dict[str, Any]:
 def _connector(preset: Preset) -> str:
     config = preset.config
     parts = [] if config.connector is None else [config.connector.kind]
-    parts += ["cross-attention"] * (config.cross is not None) + ["visual expert"] * config.expert
+    parts += ["cross-attention"] * (config.cross is not None) + ["visual expert"] * (config.family == "cogvlm2")
     return ", ".join(parts) or "none"
 
 

@@ -346,7 +346,6 @@ class VLMConfig:
         pinpoints: AnyRes canvases, (height, width).
         tokens_per_second: of a video's positions (Qwen2.5-VL); 0: frames are counted.
         cross: gated cross-attention between the decoder's blocks (Flamingo).
-        expert: whether image tokens have weights of their own in the decoder (CogVLM's visual expert).
         codes: the token of each entry of the image codebook (Chameleon).
         added_tokens: how many of the last tokens of the vocabulary a checkpoint keeps in tensors of their own (Idefics).
         vq: the image tokenizer in place of a tower (Chameleon).
@@ -369,7 +368,6 @@ class VLMConfig:
     pinpoints: tuple[tuple[int, int], ...] = ()
     tokens_per_second: int = 0
     cross: CrossConfig | None = None
-    expert: bool = False
     codes: tuple[int, ...] = ()
     added_tokens: int = 0
     vq: VqConfig | None = None

@@ -7,6 +7,12 @@ from typing import Any
 
 from vlmops.images.modes import PINPOINTS
 from vlmops.models.config import ConnectorConfig, CrossConfig, DecoderConfig, VisionConfig, VLMConfig, VqConfig
+from vlmops.models.formats import chameleon as chameleon_format
+from vlmops.models.formats import cogvlm2 as cogvlm2_format
+from vlmops.models.formats import flamingo as flamingo_format
+from vlmops.models.formats import fuyu as fuyu_format
+from vlmops.models.formats import llava as llava_format
+from vlmops.models.formats import qwen2_vl as qwen2_vl_format
 from vlmops.models.language.sizes import SIZES as DECODERS
 from vlmops.models.vision.sizes import SIZES as TOWERS
 
@@ -36,7 +42,7 @@ def llava(decoder: DecoderConfig, decoder_family: str = "llama", vocab: int = 32
     vision, family = _tower("clip-l14-336")
     values: dict[str, Any] = dict(
         family="llava", image_token=32000, layer=-2, end_tokens=(2,), pad_token=32001,
-        images=dict(mode="fixed", size=336, patch_size=14, policy="crop"),
+        images=llava_format.image_options(vision),
     )  # fmt: skip
     return VLMConfig(
         decoder=replace(decoder, vocab=vocab), decoder_family=decoder_family, vision=vision, vision_family=family,
@@ -57,9 +63,7 @@ def qwen_vl(version: str, decoder: DecoderConfig, vision: VisionConfig, **more: 
     return VLMConfig(
         version, replace(decoder, mrope=(16, 24, 24), norm_eps=1e-6), "qwen2", vision, version,
         ConnectorConfig("merger", vision.width, decoder.width, norm=vision.norm), image_token=151655, video_token=151656,
-        end_tokens=(151645, 151643), pad_token=151643, images=dict(
-            mode="native", style="qwen2_vl", min_pixels=56 * 56, max_pixels=28 * 28 * 1280, patch_size=14, merge_size=2
-        ), **more,
+        end_tokens=(151645, 151643), pad_token=151643, images=qwen2_vl_format.image_options(vision), **more,
     )  # fmt: skip
 
 
@@ -68,18 +72,17 @@ def pixtral(decoder: DecoderConfig, vision: VisionConfig, bias: bool) -> VLMConf
     return VLMConfig(
         "llava", decoder, "mistral", vision, "pixtral", ConnectorConfig("mlp", vision.width, decoder.width, bias=bias),
         image_token=10, layer=-1, end_tokens=(2,), pad_token=11,
-        images=dict(mode="native", style="pixtral", patch_size=16, long_edge=1024),
+        images=llava_format.image_options(vision),
     )  # fmt: skip
 
 
 def paligemma(decoder: DecoderConfig) -> VLMConfig:
     """PaliGemma 2 (Steiner et al. 2024) at 224 pixels."""
     vision, family = _tower("siglip-so400m-224")
-    half = (0.5, 0.5, 0.5)
     return VLMConfig(
         "paligemma", replace(decoder, vocab=257216), "gemma2", vision, family,
         ConnectorConfig("linear", vision.width, decoder.width), image_token=257152, end_tokens=(1,),
-        images=dict(mode="fixed", size=224, patch_size=14, policy="resize", mean=half, std=half),
+        images=llava_format.image_options(vision),
     )  # fmt: skip
 
 
@@ -122,10 +125,9 @@ def flamingo_3b() -> VLMConfig:
     """OpenFlamingo 3B (Awadalla et al. 2023): CLIP L/14, and cross-attention in front of every block of a decoder of 1.3B."""
     vision, family = _tower("clip-l14")
     decoder = replace(DECODERS["opt-2.7b"], width=2048, layers=24, heads=32, mlp_width=8192)
-    connector = ConnectorConfig("perceiver", 1024, 1024, norm_eps=1e-5, queries=64, layers=6, heads=8, head_dim=64)
     return VLMConfig(
-        "flamingo", decoder, "opt", vision, family, connector, image_token=50266, layer=-1,
-        cross=CrossConfig(2048, 1024, 8, 64, 8192), end_tokens=(2,), pad_token=1,
+        "flamingo", decoder, "opt", vision, family, flamingo_format.perceiver(vision.width), image_token=50266, layer=-1,
+        cross=flamingo_format.gated_cross(decoder.width, vision.width, 1), end_tokens=(2,), pad_token=1,
         images=dict(mode="fixed", size=224, patch_size=14, policy="crop"),
     )  # fmt: skip
 
@@ -133,11 +135,8 @@ def flamingo_3b() -> VLMConfig:
 def cogvlm2(decoder: DecoderConfig) -> VLMConfig:
     """CogVLM2 (Hong et al. 2024)."""
     vision, family = _tower("eva02-e-cogvlm2")
-    connector = ConnectorConfig(
-        "glu", vision.width, decoder.width, hidden=decoder.mlp_width, activation="silu", norm_eps=1e-5
-    )
     return VLMConfig(
-        "cogvlm2", decoder, "llama", vision, family, connector, image_token=128002, expert=True,
+        "cogvlm2", decoder, "llama", vision, family, cogvlm2_format.adapter(vision, decoder), image_token=128002,
         end_tokens=(128001, 128009), pad_token=128002,
         images=dict(mode="fixed", size=1344, patch_size=14, policy="resize"),
     )  # fmt: skip
@@ -147,20 +146,16 @@ def fuyu(decoder: DecoderConfig) -> VLMConfig:
     """Fuyu (Bavishi et al. 2023): patches of 30 x 30 pixels straight into the decoder."""
     return VLMConfig(
         "fuyu", decoder, "persimmon", connector=ConnectorConfig("linear", 30 * 30 * 3, decoder.width), image_token=71011,
-        end_tokens=(71013,), images=dict(
-            mode="native", style="fuyu", resample="bilinear", fill=(1, 1, 1), mean=(0.5,) * 3, std=(0.5,) * 3, patch_size=30
-        ),
+        end_tokens=(71013,), images={**fuyu_format.IMAGES, "patch_size": 30},
     )  # fmt: skip
 
 
 def chameleon(decoder: DecoderConfig) -> VLMConfig:
     """Chameleon (Chameleon team 2024): 8192 words for 512 x 512 pixels as 32 x 32 codes."""
-    one = (1 / (255 * 0.0078),) * 3  # bytes become x * 0.0078 - 1
+    vq = VqConfig()
     return VLMConfig(
-        "chameleon", decoder, "chameleon", image_token=8711, vq=VqConfig(), codes=tuple(range(4, 8196)), end_tokens=(2,),
-        pad_token=1, images=dict(
-            mode="fixed", size=512, patch_size=16, policy="crop", resample="lanczos", mean=one, std=one
-        ),
+        "chameleon", decoder, "chameleon", image_token=8711, vq=vq, codes=tuple(range(4, 8196)), end_tokens=(2,), pad_token=1,
+        images=chameleon_format.image_options(vq),
     )  # fmt: skip
 
 

@@ -97,14 +97,18 @@ class Shards(Mapping[str, Tensor]):
             "save the model as safetensors (transformers: save_pretrained)"
         )
 
-    def _checked(self, name: str) -> Any:
+    def _opened(self, name: str) -> Any:
         path = self.folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
         try:
-            file = safe_open(str(path), framework="pt")  # checks the header against the file's length
+            return safe_open(str(path), framework="pt")  # checks the header against the file's length
         except (SafetensorError, OSError) as err:
             raise CheckpointError(f"{path}: damaged or cut short: {err}") from err
+
+    def _checked(self, name: str) -> Any:
+        """The file, which has every tensor that the index says."""
+        file, path = self._opened(name), self.folder / name
         there = set(file.keys())
         missing = sorted(k for k, v in getattr(self, "_file_of", {}).items() if v == name and k not in there)
         if missing:
@@ -117,7 +121,7 @@ class Shards(Mapping[str, Tensor]):
 
     def once(self, name: str) -> Tensor:
         """A tensor that is copied and let go at once: its pages leave memory with it, those of ``[...]`` stay with their file."""
-        tensor: Tensor = self._checked(self._file_of[name]).get_tensor(name)
+        tensor: Tensor = self._opened(self._file_of[name]).get_tensor(name)
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:

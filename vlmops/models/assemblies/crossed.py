@@ -36,7 +36,7 @@ class FlamingoVLM(VLM):
             raise ValueError("cross: expected options of the cross-attention, and a tower")
         super().__init__(config, CrossedDecoder(config.decoder, config.cross))
 
-    def read(  # type: ignore[override]  # its keywords are the inputs of this type
+    def read(
         self,
         ids: Tensor,
         cu_seqlens: Tensor,

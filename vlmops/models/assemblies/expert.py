@@ -31,7 +31,7 @@ class CogVLM2(VLM):
             raise ValueError('connector: expected one of kind "glu", and a tower')
         super().__init__(config, ExpertDecoder(config.decoder))
 
-    def read(  # type: ignore[override]  # its keywords are the inputs of this type
+    def read(
         self,
         ids: Tensor,
         cu_seqlens: Tensor,

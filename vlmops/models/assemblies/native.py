@@ -27,7 +27,7 @@ __all__ = ["ChameleonDecoder", "ChameleonVLM", "FuyuVLM"]
 class FuyuVLM(VLM):
     """Any number of patches, row by row with a newline token behind each row, through one linear layer (Bavishi et al. 2023)."""
 
-    def read(  # type: ignore[override]
+    def read(
         self,
         ids: Tensor,
         cu_seqlens: Tensor,
@@ -151,7 +151,7 @@ class ChameleonVLM(VLM):
         super().__init__(config, ChameleonDecoder(config.decoder, config.codes))
         self.tower = VqTokenizer(config.vq)  # type: ignore[assignment]
 
-    def read(  # type: ignore[override]
+    def read(
         self, ids: Tensor, cu_seqlens: Tensor, *, images: Prepared | None = None, pixel_values: Tensor | None = None
     ) -> dict[str, Any]:
         """What the decoder is given: embeddings of tokens and nothing else.

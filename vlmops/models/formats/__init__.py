@@ -12,28 +12,27 @@ from vlmops.models.formats.base import Format, Json
 
 __all__ = ["FORMATS", "Format", "Json", "family_of"]
 
-#: family -> the module that has it, as ``FORMAT``.
-MODULES = {
-    "llava": "llava", "llava_next": "llava_next", "qwen2_vl": "qwen2_vl", "qwen2_5_vl": "qwen2_5_vl",
-    "paligemma": "paligemma", "flamingo": "flamingo", "idefics": "idefics", "cogvlm2": "cogvlm2", "qwen_vl": "qwen_vl",
-    "blip2": "blip2", "fuyu": "fuyu", "chameleon": "chameleon",
-}  # fmt: skip
+#: Each a module of this name, which has it as ``FORMAT``.
+FAMILIES = (
+    "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "paligemma", "flamingo", "idefics", "cogvlm2", "qwen_vl", "blip2", "fuyu",
+    "chameleon",
+)  # fmt: skip
 
 
 class _Formats(Mapping[str, Format]):
     """The table; a family's module is imported when it is asked for."""
 
     def __getitem__(self, family: str) -> Format:
-        if family not in MODULES:
+        if family not in FAMILIES:
             raise KeyError(family)
-        found: Format = importlib.import_module(f"vlmops.models.formats.{MODULES[family]}").FORMAT
+        found: Format = importlib.import_module(f"vlmops.models.formats.{family}").FORMAT
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(MODULES)
+        return iter(FAMILIES)
 
     def __len__(self) -> int:
-        return len(MODULES)
+        return len(FAMILIES)
 
 
 FORMATS: Mapping[str, Format] = _Formats()

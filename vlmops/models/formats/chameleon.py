@@ -11,7 +11,7 @@ from vlmops.models.keymap import Rule, affine, layer, prefixed
 from vlmops.models.language import families as decoders
 from vlmops.models.language.to_json import to_json as decoder_json
 
-__all__ = ["FORMAT", "read", "rules", "write"]
+__all__ = ["FORMAT", "image_options", "read", "rules", "write"]
 
 #: transformers' name of a value of ``vq_config`` -> ours.
 NAMES = {
@@ -40,13 +40,17 @@ def read(json: Json) -> VLMConfig:
     tokens = {code_of(name): token for name, token in names.items() if name.startswith(CODE)}
     if sorted(tokens) != list(range(vq.codes)):
         raise ValueError(f"vocabulary_map: expected a token for each of {vq.codes} image codes, got {len(tokens)}")
-    images = dict(
-        mode="fixed", size=vq.image_size, patch_size=vq.reduction, policy="crop", resample="lanczos", mean=(ONE,) * 3,
-        std=(ONE,) * 3,
-    )  # fmt: skip
     return VLMConfig(
         family="chameleon", decoder=decoder, decoder_family="chameleon", image_token=names["<image>"], vq=vq,
-        codes=tuple(tokens[code] for code in range(vq.codes)), images=images,
+        codes=tuple(tokens[code] for code in range(vq.codes)), images=image_options(vq),
+    )  # fmt: skip
+
+
+def image_options(vq: VqConfig) -> dict[str, Any]:
+    """How its processor prepares an image."""
+    return dict(
+        mode="fixed", size=vq.image_size, patch_size=vq.reduction, policy="crop", resample="lanczos", mean=(ONE,) * 3,
+        std=(ONE,) * 3,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from vlmops.models.config import ConnectorConfig, DecoderConfig, VisionConfig, V
 from vlmops.models.formats.base import Format, Json, parts, tower_rules
 from vlmops.models.keymap import Rule, affine, layer
 
-__all__ = ["FORMAT", "read", "rules", "write"]
+__all__ = ["FORMAT", "adapter", "read", "rules", "write"]
 
 IMAGE_TOKEN = 128002  # also the padding, which an attention mask tells apart
 THETA = 500000.0  # of the rotary angles: in the authors' code, not in their files
@@ -39,13 +39,17 @@ def read(json: Json) -> VLMConfig:
         raise ValueError(
             f"num_positions: expected {places} for {seen['image_size']} pixels, got {seen['num_positions']}"
         )
-    connector = ConnectorConfig(
-        "glu", vision.width, decoder.width, hidden=decoder.mlp_width, activation="silu", norm_eps=1e-5
-    )
     return VLMConfig(
-        "cogvlm2", decoder, "llama", vision, "cogvlm", connector, image_token=IMAGE_TOKEN, expert=True,
+        "cogvlm2", decoder, "llama", vision, "cogvlm", adapter(vision, decoder), image_token=IMAGE_TOKEN,
         images=dict(mode="fixed", size=vision.image_size, patch_size=vision.patch_size, policy="resize"),
     )  # fmt: skip
+
+
+def adapter(vision: VisionConfig, decoder: DecoderConfig) -> ConnectorConfig:
+    """What stands between these two."""
+    return ConnectorConfig(
+        "glu", vision.width, decoder.width, hidden=decoder.mlp_width, activation="silu", norm_eps=1e-5
+    )
 
 
 def write(config: VLMConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
 from vlmops.models.vision.to_json import to_json as tower_json
 
-__all__ = ["FORMAT", "read", "rules", "write"]
+__all__ = ["FORMAT", "gated_cross", "perceiver", "read", "rules", "write"]
 
 ADDED = 3  # <|endofchunk|>, <image> and <PAD>, which Llama's tokenizer has not: their published files count without
 HEADS, HEAD_DIM = 8, 64  # of the cross-attention and the Perceiver
@@ -41,19 +41,21 @@ def read(json: Json) -> VLMConfig:
     if not 1 <= every <= decoder.layers:
         raise ValueError(f"cross_attn_every_n_layers: expected 1 to {decoder.layers}, got {every}")
     return VLMConfig(
-        "flamingo", decoder, family, vision, "clip", _perceiver(vision.width), image_token=token, layer=-1,
-        cross=_cross(decoder.width, vision.width, every),
+        "flamingo", decoder, family, vision, "clip", perceiver(vision.width), image_token=token, layer=-1,
+        cross=gated_cross(decoder.width, vision.width, every),
         images=dict(mode="fixed", size=vision.image_size, patch_size=vision.patch_size, policy="crop"),
     )  # fmt: skip
 
 
-def _perceiver(width: int) -> ConnectorConfig:
+def perceiver(width: int) -> ConnectorConfig:
+    """Of a tower of this width."""
     return ConnectorConfig(
         "perceiver", width, width, norm_eps=1e-5, queries=LATENTS, layers=DEPTH, heads=HEADS, head_dim=HEAD_DIM
     )
 
 
-def _cross(width: int, context: int, every: int) -> CrossConfig:
+def gated_cross(width: int, context: int, every: int) -> CrossConfig:
+    """In front of the last of each so many blocks."""
     return CrossConfig(width, context, HEADS, HEAD_DIM, 4 * width, every, first=every - 1)
 
 
@@ -73,7 +75,9 @@ def parts(config: VLMConfig) -> tuple[VisionConfig, CrossConfig]:
     vision, cross = config.vision, config.cross
     if vision is None or cross is None:
         raise ValueError("cross: expected a tower and cross-attention in a flamingo checkpoint")
-    if cross != _cross(config.decoder.width, vision.width, cross.every) or config.connector != _perceiver(vision.width):
+    if cross != gated_cross(config.decoder.width, vision.width, cross.every) or config.connector != perceiver(
+        vision.width
+    ):
         raise ValueError(f"family: a flamingo checkpoint cannot have {cross} and {config.connector}")
     if config.layer != -1 or config.class_token:
         raise ValueError("layer: expected -1 without the class token in a flamingo checkpoint")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vlmops.models.assemblies.projected import ProjectedVLM
-from vlmops.models.config import ConnectorConfig, VLMConfig
+from vlmops.models.config import ConnectorConfig, VisionConfig, VLMConfig
 from vlmops.models.formats.base import Format, Json, decoder_rules, parts, text_part, tower_rules
 from vlmops.models.keymap import Rule, affine, layer
 from vlmops.models.language import families as decoders
@@ -13,7 +13,7 @@ from vlmops.models.language.to_json import to_json as decoder_json
 from vlmops.models.vision import families as towers
 from vlmops.models.vision.to_json import to_json as tower_json
 
-__all__ = ["FORMAT", "RENAMES", "read", "rules", "values", "write"]
+__all__ = ["FORMAT", "RENAMES", "image_options", "read", "rules", "values", "write"]
 
 RENAMES = (
     (r"^model\.language_model\.", "model."),
@@ -38,8 +38,13 @@ def values(json: Json, family: str, norm: str) -> dict[str, Any]:
         family=family, decoder=decoder, decoder_family="qwen2", vision=vision, vision_family=family,
         connector=ConnectorConfig("merger", vision.width, decoder.width, norm=norm),
         image_token=json.get("image_token_id", 151655), video_token=json.get("video_token_id", 151656),
-        images=dict(IMAGES, patch_size=vision.patch_size, merge_size=vision.merge_size),
+        images=image_options(vision),
     )  # fmt: skip
+
+
+def image_options(vision: VisionConfig) -> dict[str, Any]:
+    """How its processor prepares an image."""
+    return dict(IMAGES, patch_size=vision.patch_size, merge_size=vision.merge_size)
 
 
 def write(config: VLMConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ hidden = decoder(ids, cu_seqlens, media=media, cu_media=cu_media, media_index=in
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,11 +157,10 @@ class CrossedDecoder(Decoder):
         *,
         inputs_embeds: Tensor | None = None,
         cache: KVCache | None = None,
-        longest: int | None = None,
-        prefix_lens: Tensor | None = None,
         media: Tensor | None = None,
         cu_media: Tensor | None = None,
         media_index: Tensor | None = None,
+        **packed: Any,
     ) -> Tensor:
         """Tokens to hidden states, as ``Decoder.forward``; besides:
 
@@ -170,6 +170,7 @@ class CrossedDecoder(Decoder):
             media_index: int32 [T], the number of the image each token sees, -1 for none (exactly 0 comes of the attention
                 then), or [T, 2], a half-open range of images. With images it is needed, but for tokens that follow those in
                 a cache: they see what their sequence's last token saw.
+            packed: ``longest``, ``prefix_lens``.
 
         Returns:
             [T, width].
@@ -183,7 +184,7 @@ class CrossedDecoder(Decoder):
         cu = torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device) if cu_seqlens is None else cu_seqlens
         seen = self._media(x, media, cu_media, cache)
         index = self._index(x, cu, media_index, media is not None, cache)
-        packing = self.pack(x, cu, positions, cache=cache, longest=longest, prefix_lens=prefix_lens)
+        packing = self.pack(x, cu, positions, cache=cache, **packed)
         shared = {field.name: getattr(packing, field.name) for field in fields(packing)}
         hidden = self.run(x, CrossedPacking(**shared, media=seen, media_index=index))
         if cache is not None and (media_index is not None or cache.media is None):

@@ -80,10 +80,14 @@ class Decoder(nn.Module):
         return self.run(x, packing)
 
     def run(self, x: Tensor, packing: Packing) -> Tensor:
-        """x [T, width] through the blocks and the last norm; the cache, if there is one, keeps the new tokens."""
+        """x [T, width] through the blocks, and ``finish``."""
         x = self.placed(x, packing)
         for block in self.blocks:
             x = block(x, packing)
+        return self.finish(x, packing)
+
+    def finish(self, x: Tensor, packing: Packing) -> Tensor:
+        """x [T, width] behind the last block through the last norm; the cache, if there is one, keeps the new tokens."""
         if packing.cache is not None and packing.span is not None:
             packing.cache.commit(packing.span)
         return self.norm(x)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vlmops import ops
 from vlmops.models.config import DecoderConfig
 from vlmops.models.language.block import Block, Packing
-from vlmops.models.language.cache import KVCache, sequence_of
+from vlmops.models.language.cache import sequence_of
 from vlmops.models.language.decoder import Decoder
 from vlmops.ops._shared import checks
 
@@ -160,17 +161,16 @@ class ExpertDecoder(Decoder):
         positions: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-        cache: KVCache | None = None,
-        longest: int | None = None,
-        prefix_lens: Tensor | None = None,
         is_image: Tensor | None = None,
         image_tokens: int | None = None,
+        **packed: Any,
     ) -> Tensor:
         """Tokens to hidden states, as ``Decoder.forward``; besides:
 
         Args:
             is_image: bool [T], the tokens that take the expert (``vision_layout``); None: none of them.
             image_tokens: how many those are, known on the host from the images' sizes; None: counted, which waits for a GPU.
+            packed: ``cache``, ``longest``, ``prefix_lens``.
 
         Returns:
             [T, width].
@@ -179,7 +179,7 @@ class ExpertDecoder(Decoder):
             TypeError, ValueError: as ``Decoder.forward``; a mask of another length, or (on a CPU) another count.
         """
         x = self._input(input_ids, inputs_embeds)
-        packing = self.pack(x, cu_seqlens, positions, cache=cache, longest=longest, prefix_lens=prefix_lens)
+        packing = self.pack(x, cu_seqlens, positions, **packed)
         count = 0 if is_image is None else self._count(is_image, x.shape[0], image_tokens)
         if is_image is None or count == 0:
             return self.run(x, packing)
@@ -188,9 +188,7 @@ class ExpertDecoder(Decoder):
         for block in self.blocks:
             assert isinstance(block, ExpertBlock)
             text, image = block.both(text, image, rows, packing)
-        if cache is not None and packing.span is not None:
-            cache.commit(packing.span)
-        return self.norm(rows.join(text, image))
+        return self.finish(rows.join(text, image), packing)
 
     @staticmethod
     def _count(is_image: Tensor, tokens: int, image_tokens: int | None) -> int:
