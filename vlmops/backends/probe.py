@@ -17,7 +17,7 @@ from vlmops.backends import BackendError, build, cuda_runtime, native, triton_ru
 from vlmops.backends.cache_dir import cache_dir
 from vlmops.backends.machine import cpu_model
 
-__all__ = ["BackendInfo", "backends", "report"]
+__all__ = ["BackendInfo", "backends", "cpu_caches", "report"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _cache() -> dict[str, Any]:
     return {"folder": str(folder), "bytes": sizes}
 
 
-def _cpu_caches() -> dict[str, str]:
+def cpu_caches() -> dict[str, str]:
     """Caches that the first core sees, e.g. {"L1d": "32K", "L2": "1024K"}."""
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
@@ -188,7 +188,7 @@ def report(build_now: bool = False) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_sets": _cpu_flags(),
-        "cpu_caches": _cpu_caches(),
+        "cpu_caches": cpu_caches(),
         "memory_gib": _memory_gib(),
         "gpus": gpus,
         "compilers": _compilers(),

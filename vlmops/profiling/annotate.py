@@ -18,6 +18,7 @@ from torch import nn
 
 from vlmops.backends import ranges
 from vlmops.patch.base import KEY, Record
+from vlmops.patch.classes import original_class
 
 __all__ = ["annotated", "covered", "stage_of"]
 
@@ -46,22 +47,28 @@ def covered(model: nn.Module) -> set[str]:
 
 
 @contextlib.contextmanager
-def annotated(model: nn.Module, *, nvtx: bool | None = None, record: bool = True) -> Iterator[ranges.Ranges]:
+def annotated(
+    model: nn.Module, *, nvtx: bool | None = None, record: bool = True, root: str = ""
+) -> Iterator[ranges.Ranges]:
     """Ranges of ops, modules and stages inside the block.
 
     Args:
         model: patched or not, of transformers or of the reference stack.
         nvtx, record: as ``ranges.recording`` takes them.
+        root: what the model itself is called; "": its own forward has no range. A patched one has none either.
 
     A language model's call is the stage "decode" where each sequence has one token, else "prefill".
     """
     skip = covered(model)
-    handles, opened = [], _Open()
+    named = [(path, module) for path, module in model.named_modules() if path]
+    if root and original_class(model) is None:
+        named.insert(0, (root, model))
+    handles = []
     with ranges.recording(nvtx, record) as recorder:
-        opened.recorder = recorder
+        opened = _Open(recorder)
         try:
-            for path, module in model.named_modules():
-                if not path or any(path == p or path.startswith(p + ".") for p in skip):
+            for path, module in named:
+                if any(path == p or path.startswith(p + ".") for p in skip):
                     continue
                 if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
                     continue
@@ -71,15 +78,13 @@ def annotated(model: nn.Module, *, nvtx: bool | None = None, record: bool = True
         finally:
             for handle in handles:
                 handle.remove()
-            opened.stack.close()
 
 
 class _Open:
     """The ranges that are open, innermost last."""
 
-    def __init__(self) -> None:
-        self.recorder: ranges.Ranges | None = None
-        self.stack = contextlib.ExitStack()
+    def __init__(self, recorder: ranges.Ranges) -> None:
+        self.recorder = recorder
         self.open: list[contextlib.ExitStack] = []
 
     def enter(self, path: str) -> Any:
@@ -87,7 +92,6 @@ class _Open:
         stage = stage_of(path)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert self.recorder is not None
             mine = contextlib.ExitStack()
             if stage is not None:
                 name = stage if stage != "text" else _text_stage(args, kwargs)

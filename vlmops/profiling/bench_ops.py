@@ -11,23 +11,17 @@ from vlmops.profiling.bars import Row
 from vlmops.profiling.peak import PEAK_WORK, peak_call
 from vlmops.profiling.recorder import backends_used
 from vlmops.profiling.settings import Settings
-from vlmops.profiling.timing import Comparison, Work, WrongOutputError, compare
+from vlmops.profiling.timing import Comparison, Work, WrongOutputError
 from vlmops.profiling.workloads import OURS, Workload
 
-__all__ = ["attention_rows", "mlp_rows", "patchify_rows"]
+__all__ = ["attention_rows", "guarded", "mlp_rows", "patchify_rows"]
 
 PEAK = "packed GEMM (G)"
 
 
 def _timed(load: Workload, dtype: torch.dtype, settings: Settings) -> Comparison:
     """Ours, the peers and G in the same rounds."""
-    return compare(
-        {**load.calls, PEAK: peak_call(dtype)},
-        rounds=settings.rounds,
-        warmup=settings.warmup,
-        threads=settings.threads,
-        correct=load.correct,
-    )
+    return settings.compare({**load.calls, PEAK: peak_call(dtype)}, load.correct)
 
 
 def _ratio_row(row: Row, found: Comparison, peer: str, work: Work) -> Row:
@@ -38,10 +32,10 @@ def _ratio_row(row: Row, found: Comparison, peer: str, work: Work) -> Row:
     return row
 
 
-def _guarded(rows: Callable[[], Iterator[Row]], group: str, case: str, dtype: str) -> Iterator[Row]:
+def guarded(rows: Callable[[], Iterator[Row]], group: str, case: str, dtype: str) -> Iterator[Row]:
     """The rows, or one that says what went wrong: a wrong output never becomes a speed."""
     try:
-        yield from list(rows())
+        yield from rows()
     except WrongOutputError as err:
         yield Row(group, case, dtype, "correct output", None, 1.0, note=str(err), wrong=True)
 
@@ -71,7 +65,7 @@ def attention_rows(settings: Settings) -> Iterator[Row]:
                 )
                 yield _ratio_row(row, found, case.peer, load.work)
 
-            yield from _guarded(rows, "varlen_attention", case.name, name)
+            yield from guarded(rows, "varlen_attention", case.name, name)
 
 
 def patchify_rows(settings: Settings) -> Iterator[Row]:
@@ -87,7 +81,7 @@ def patchify_rows(settings: Settings) -> Iterator[Row]:
                 row.backend = backends_used(load.calls[OURS], "patchify")
                 yield _ratio_row(row, found, case.peer, load.work)
 
-            yield from _guarded(rows, "patchify", case.name, name)
+            yield from guarded(rows, "patchify", case.name, name)
 
 
 def mlp_rows(settings: Settings) -> Iterator[Row]:
@@ -104,4 +98,4 @@ def mlp_rows(settings: Settings) -> Iterator[Row]:
                 row.backend = backends_used(load.calls[OURS], "mlp")
                 yield _ratio_row(row, found, peer, load.work)
 
-            yield from _guarded(rows, "mlp", case.name, name)
+            yield from guarded(rows, "mlp", case.name, name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ import torch
 import vlmops
 from vlmops.profiling import bars, stacks
 from vlmops.profiling.bars import Row
+from vlmops.profiling.bench_ops import guarded
 from vlmops.profiling.settings import Settings
 from vlmops.profiling.stacks import Stack
-from vlmops.profiling.timing import Comparison, WrongOutputError, agrees, bootstrap_ratio, compare
+from vlmops.profiling.timing import WrongOutputError, agrees, bootstrap_ratio
 from vlmops.profiling.towers import shared_copy
 from vlmops.profiling.workloads import OURS
 
@@ -27,15 +30,8 @@ def stack_rows(name: str, settings: Settings) -> Iterator[Row]:
     """Vision, prefill and decode of one model, for each dtype."""
     for dtype in settings.dtypes:
         stack = stacks.build(name, bars.DTYPES[dtype], quick=settings.quick)
-        try:
-            yield from _vision(stack, dtype, settings)
-            yield from _text(stack, dtype, settings)
-        except WrongOutputError as err:
-            yield Row(f"stack {name}", stack.what, dtype, "correct output", None, 1.0, note=str(err), wrong=True)
-
-
-def _timed(calls: dict[str, Callable[[], Any]], settings: Settings, correct: Any) -> Comparison:
-    return compare(calls, rounds=settings.rounds, warmup=settings.warmup, threads=settings.threads, correct=correct)
+        stages = (part(stack, dtype, settings) for part in (_vision, _text))
+        yield from guarded(partial(chain.from_iterable, stages), f"stack {name}", stack.what, dtype)
 
 
 def _oracle(stack: Stack, call: Callable[[Stack, Any], torch.Tensor]) -> torch.Tensor | None:
@@ -52,7 +48,7 @@ def _vision(stack: Stack, dtype: str, settings: Settings) -> Iterator[Row]:
     calls = {
         OURS: stack.encode_ours, STOCK: lambda: stack.encode(stack.stock), PATCHED: lambda: stack.encode(patched),
     }  # fmt: skip
-    found = _timed(calls, settings, agrees(OURS, STOCK, _oracle(stack, Stack.encode)))
+    found = settings.compare(calls, agrees(OURS, STOCK, _oracle(stack, Stack.encode)))
     ratios = {peer: found.speedup(OURS, peer).value for peer in (STOCK, PATCHED)}
     for peer, bar in bars.STACK["vision"].items():
         row = Row(f"stack {stack.name}", f"vision: {stack.what}", dtype, f"vs {peer}", None, bar, ratios=ratios)
@@ -69,7 +65,7 @@ def _text(stack: Stack, dtype: str, settings: Settings) -> Iterator[Row]:
     for who, model in ((OURS, stack.ours), (STOCK, stack.stock)):
         for n in (1, 1 + NEW):
             calls[f"{who} {n}"] = lambda model=model, n=n: stack.answer(model, n)  # type: ignore[misc]
-    found = _timed(calls, settings, None)
+    found = settings.compare(calls, None)
     first = {who: found[f"{who} 1"] for who in (OURS, STOCK)}
     row = Row(f"stack {stack.name}", f"prefill: {stack.what}", dtype, "vs stock", None, bars.STACK["prefill"][STOCK])
     row.note = f"stock {first[STOCK].median * 1e3:.0f} ms"
@@ -122,13 +118,11 @@ def preprocess_rows(settings: Settings) -> Iterator[Row]:
         if not bool((have - want[:, : have.shape[1]]).abs().max() <= 1e-5):
             raise WrongOutputError("pixel values differ from the PIL processor's")
 
-    row = Row(
-        "preprocess", f"{len(many)} photos 1024 x 768 to AnyRes", "", "vs PIL processor", None, bars.PREPROCESS_BAR
-    )
-    try:
-        found = _timed(calls, settings, correct)
-    except WrongOutputError as err:
-        row.metric, row.bar, row.note, row.wrong = "correct output", 1.0, str(err), True
-        yield row
-        return
-    yield row.add(found.speedup(OURS, "PIL processor"), found[OURS])
+    case = f"{len(many)} photos 1024 x 768 to AnyRes"
+
+    def rows() -> Iterator[Row]:
+        found = settings.compare(calls, correct)
+        row = Row("preprocess", case, "", "vs PIL processor", None, bars.PREPROCESS_BAR)
+        yield row.add(found.speedup(OURS, "PIL processor"), found[OURS])
+
+    yield from guarded(rows, "preprocess", case, "")

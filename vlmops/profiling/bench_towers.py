@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,11 @@ import torch
 import vlmops
 from vlmops.profiling import bars, memory, towers
 from vlmops.profiling.bars import Row, TowerBar
-from vlmops.profiling.bench_ops import PEAK
+from vlmops.profiling.bench_ops import PEAK, guarded
 from vlmops.profiling.peak import PEAK_WORK, packed_sequence, peak_call
 from vlmops.profiling.recorder import backends_used
 from vlmops.profiling.settings import Settings
-from vlmops.profiling.timing import Comparison, Work, WrongOutputError, agrees, bootstrap_ratio, compare
+from vlmops.profiling.timing import Comparison, Work, agrees, bootstrap_ratio
 from vlmops.profiling.towers import Tower
 from vlmops.profiling.workloads import OURS
 
@@ -49,13 +50,10 @@ def tower_rows(name: str, settings: Settings) -> Iterator[Row]:
     """Time over budget, and speed-up over stock, for each dtype."""
     for dtype in settings.dtypes:
         tower = towers.build(name, bars.DTYPES[dtype], **_size(name, settings))
-        try:
-            yield from _one(tower, bars.TOWERS[name], dtype, settings)
-        except WrongOutputError as err:
-            yield Row(name, tower.what, dtype, "correct output", None, 1.0, note=str(err), wrong=True)
+        yield from guarded(partial(_one, tower, bars.TOWERS[name], dtype, settings), name, tower.what, dtype)
 
 
-def _one(tower: Tower, bar: TowerBar, dtype: str, settings: Settings) -> list[Row]:
+def _one(tower: Tower, bar: TowerBar, dtype: str, settings: Settings) -> Iterator[Row]:
     patched = vlmops.patch_model(towers.shared_copy(tower.module))
     products, work = packed_sequence(tower.products, bars.DTYPES[dtype])
     total = Work(work.flops + tower.attention.flops + tower.windows.flops)
@@ -67,10 +65,7 @@ def _one(tower: Tower, bar: TowerBar, dtype: str, settings: Settings) -> list[Ro
     }
     if "compile" in settings.peers:
         calls[COMPILED] = _compiled(tower)
-    found = compare(
-        calls, rounds=settings.rounds, warmup=settings.warmup, threads=settings.threads,
-        correct=agrees(OURS, STOCK, towers.reference(tower)),
-    )  # fmt: skip
+    found = settings.compare(calls, agrees(OURS, STOCK, towers.reference(tower)))
     share = found.share(OURS, total, PEAK, PEAK_WORK).value
     peers = {peer: found.speedup(OURS, peer).value for peer in (STOCK, COMPILED) if peer in calls}
     rates = f"attention at {bar.attention_share[dtype]:.0%} of G"
@@ -86,7 +81,7 @@ def _one(tower: Tower, bar: TowerBar, dtype: str, settings: Settings) -> list[Ro
         tower.name, tower.what, dtype, "vs stock", None, bar.floor.get(dtype), ratios=peers, backend=backend,
         share_of_peak=share, note=f"stock {found[STOCK].median * 1e3:.0f} ms",
     ).add(found.speedup(OURS, STOCK), found[OURS], total)  # fmt: skip
-    return [budget, floor]
+    yield from (budget, floor)
 
 
 def memory_rows(names: tuple[str, ...], settings: Settings) -> Iterator[Row]:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 __all__ = ["profile"]
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def profile(
     *,
@@ -95,6 +93,7 @@ def _model(
     import torch
 
     from vlmops.demo import loading
+    from vlmops.demo.cli import DTYPES
     from vlmops.profiling import report
     from vlmops.profiling.timing import WrongOutputError
 

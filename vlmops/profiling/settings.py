@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from vlmops.profiling.timing import MIN_ROUNDS
+from vlmops.profiling.timing import MIN_ROUNDS, Comparison, compare
 
 __all__ = ["Settings"]
 
@@ -33,3 +35,9 @@ class Settings:
     quick: bool = False
     full: bool = False
     peers: tuple[str, ...] = ()
+
+    def compare(
+        self, calls: Mapping[str, Callable[[], Any]], correct: Callable[[dict[str, Any]], Any] | None
+    ) -> Comparison:
+        """``timing.compare`` with these rounds, warm-up and threads."""
+        return compare(calls, rounds=self.rounds, warmup=self.warmup, threads=self.threads, correct=correct)

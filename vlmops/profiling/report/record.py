@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,32 +176,6 @@ def _times(models: Mapping[str, nn.Module], job: _Job, steps: int) -> dict[str, 
     return found
 
 
-@contextlib.contextmanager
-def _root(model: nn.Module) -> Iterator[None]:
-    """A range around the model's own forward, which ``annotated`` leaves out. A patched module gets no hook."""
-    if original_class(model) is not None:
-        yield
-        return
-    opened: list[Any] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        recorder = ranges.ACTIVE
-        if recorder is not None:
-            opened.append(recorder.range("module", f"{ROOT} ({type(module).__name__})"))
-            opened[-1].__enter__()
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        if opened:
-            opened.pop().__exit__(None, None, None)
-
-    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _record(name: str, model: nn.Module, job: _Job, steps: int) -> Run:
     """A run's rows and trace."""
     with WorkSeen() as seen, torch.no_grad():
@@ -210,7 +183,7 @@ def _record(name: str, model: nn.Module, job: _Job, steps: int) -> Run:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if job.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with annotated(model, nvtx=False), _root(model):
+    with annotated(model, nvtx=False, root=ROOT):
         with torch.profiler.profile(activities=activities):
             torch.ones(1, device=job.device)  # the profiler's own start-up
         with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from vlmops.profiling.report.data import KINDS, Profile, Row, Run, grouped
@@ -26,20 +27,13 @@ class Table:
     numbers: int = 1
 
 
-def _median(values: tuple[float, ...]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return (ordered[middle] + ordered[~middle]) / 2 if ordered else 0.0
-
-
 def summary(profile: Profile) -> list[str]:
     """What the report says first."""
     lines = []
     for run in profile.runs.values():
         shares = ", ".join(f"{share:.1%} {KINDS[kind]}" for kind, share in run.shares().items() if share >= 0.0005)
-        text = (
-            f"{run.name}: {milliseconds(_median(run.plain))} a step without the profiler (median of {len(run.plain)}), "
-        )
+        plain = milliseconds(statistics.median(run.plain or (0.0,)))
+        text = f"{run.name}: {plain} a step without the profiler (median of {len(run.plain)}), "
         text += f"{milliseconds(run.clock or run.seconds)} with it: {shares}."
         if run.kernels:
             text += f" GPU kernels: {milliseconds(run.kernels)} a step."

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from vlmops.backends import ranges
+from vlmops.backends.probe import cpu_caches
 from vlmops.ops._shared.cost import Cost, nbytes
 from vlmops.profiling.bars import PEAK_SHAPE, dtype_name, random_tensor
 from vlmops.profiling.peak import PEAK_WORK, peak_call
@@ -34,10 +34,9 @@ def _copy_size(device: torch.device) -> int:
     if device.type == "cuda":
         return MOST_COPY
     sizes = [0]
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            text = path.read_text().strip()
-            sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1], 1))
+    for text in cpu_caches().values():
+        with contextlib.suppress(ValueError):
+            sizes.append(int(text.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(text[-1:], 1))
     return min(MOST_COPY, max(LEAST_COPY, 4 * max(sizes)))
 
 
