@@ -14,7 +14,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.models.test_vlm import close, llava_next, randomised
+from tests.models.parity import close, randomised
+from tests.models.test_vlm import llava_next
 from tests.support.tiny_models import IMAGE, build
 from vlmops import images
 from vlmops.models import from_pretrained

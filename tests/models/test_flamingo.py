@@ -9,10 +9,11 @@ import torch
 import transformers as T
 from torch import nn
 
+from tests.models.parity import close
 from vlmops.models import from_pretrained
 from vlmops.models.vlm import VLM
 
-IMAGE, TOLERANCE = 98, 1e-5  # the second added token, as in the published models
+IMAGE = 98  # the second added token, as in the published models
 
 
 def idefics(resampler: bool, norms: bool, added: int) -> Any:
@@ -57,11 +58,6 @@ def pair(request: Any, tmp_path_factory: Any) -> tuple[Any, VLM, dict]:
     folder = tmp_path_factory.mktemp("idefics")
     theirs.save_pretrained(folder)
     return theirs, from_pretrained(folder), inputs()
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    ours, theirs = ours.detach(), theirs.detach()
-    return bool((ours - theirs).abs().max() <= TOLERANCE * max(1.0, float(theirs.abs().max())))
 
 
 def test_logits(pair: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.models import parity
 from vlmops.models import from_pretrained
 from vlmops.models.checkpoint import assemble
 from vlmops.models.connectors.resampler import sincos_2d
@@ -121,20 +122,13 @@ def test_prepared_images(folder):
     vlm, more = from_pretrained(folder[0]), inputs()
     prepared = vlm.prepare([torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8) for _ in range(3)])
     assert prepared.grid_thw.tolist() == [[1, 12, 12]] * 3
-    with torch.no_grad():
-        want = vlm(**{**more, "pixel_values": torch.stack(list(prepared.pixel_values()))}).logits
-        more.pop("pixel_values")
-        torch.testing.assert_close(vlm(**more, images=prepared).logits, want, rtol=1e-4, atol=1e-4)
+    parity.prepared_images(vlm, more, prepared)
 
 
 def test_generate_loss_and_gradients(folder):
     vlm, more = from_pretrained(folder[0]), inputs()
     out = vlm.generate(**more, max_new_tokens=4, eos_token_id=())
-    ids = more["input_ids"][0]  # the longer one, alone and without a cache
-    for token in out[0, -4:].tolist():
-        logits = vlm(ids[None], pixel_values=more["pixel_values"][:2], logits_to_keep=1).logits
-        assert int(logits.argmax()) == token
-        ids = torch.cat([ids, torch.tensor([token])])
+    parity.without_a_cache(vlm, more["input_ids"][0], out[0, -4:], more["pixel_values"][:2])
     vlm(**more, labels=more["input_ids"]).loss.backward()
     assert all(p.grad is not None and float(p.grad.abs().max()) for p in vlm.parameters())
 

@@ -8,22 +8,11 @@ import pytest
 import torch
 import transformers as T
 
+from tests.models import parity
 from tests.support.tiny_models import CLIP, IMAGE, TEXT, build, prompt
 from vlmops import images
 from vlmops.models import from_pretrained
 from vlmops.models.vlm import VLM
-
-TOLERANCE = 1e-5
-
-
-def randomised(model: Any) -> Any:
-    """Weights of a size at which every part of the model matters to the logits."""
-    generator = torch.Generator().manual_seed(1)
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=0.1, generator=generator)
-        if p.dim() == 1 and "norm" in name and "weight" in name:
-            p.data += 1
-    return model.eval()
 
 
 def llava_next() -> tuple[Any, dict]:
@@ -73,50 +62,23 @@ MODELS = {
 def pair(request: Any, tmp_path_factory: Any) -> tuple[Any, VLM, dict]:
     torch.manual_seed(0)
     theirs, inputs = MODELS[request.param]()
-    theirs = randomised(theirs)
+    theirs = parity.randomised(theirs)
     folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
     return theirs, from_pretrained(folder), inputs
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return bool((ours - theirs).abs().max() <= TOLERANCE * max(1.0, float(theirs.abs().max())))
-
-
 def test_logits(pair: Any) -> None:
-    theirs, ours, inputs = pair
-    with torch.no_grad():
-        want, have = theirs(**inputs).logits, ours(**inputs).logits
-        last = ours(**inputs, logits_to_keep=2).logits
-    assert close(have, want)
-    assert torch.equal(last, have[:, -2:])
-    assert want.std() > 0.05  # something to compare
+    parity.logits(*pair)
 
 
 def test_greedy_tokens(pair: Any) -> None:
-    theirs, ours, inputs = pair
-    options = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
-    want = theirs.generate(**inputs, **options, pad_token_id=0)
-    have = ours.generate(**inputs, max_new_tokens=8, eos_token_id=())
-    assert torch.equal(have, want)
+    parity.greedy_tokens(*pair, different=1)  # some of these random models say one thing again and again
 
 
 def test_loss_and_gradients(pair: Any) -> None:
-    theirs, ours, inputs = pair
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE, -100)
-    theirs.zero_grad()
-    ours.zero_grad()
-    want = theirs(**inputs, labels=labels).loss
-    want.backward()
-    out = ours.train()(**inputs, labels=labels)
-    assert out.logits is None and out.loss is not None
-    out.loss.backward()
-    assert close(out.loss, want)
-    ours.eval()
-    norms = [p.grad.norm() for p in theirs.parameters() if p.grad is not None]
-    total = torch.stack([p.grad.norm() for p in ours.parameters() if p.grad is not None]).norm()
-    assert close(total, torch.stack(norms).norm())
-    assert float(total) > 1e-3
+    ids = pair[2]["input_ids"]
+    parity.gradients(*pair, ids.masked_fill(ids >= IMAGE, -100))
 
 
 def test_saves_what_transformers_reads(pair: Any, tmp_path: Any) -> None:
@@ -125,5 +87,5 @@ def test_saves_what_transformers_reads(pair: Any, tmp_path: Any) -> None:
     again, said = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"] and not said["mismatched_keys"]
     with torch.no_grad():
-        assert close(again.eval()(**inputs).logits, theirs(**inputs).logits)
+        assert parity.close(again.eval()(**inputs).logits, theirs(**inputs).logits)
         assert torch.equal(from_pretrained(tmp_path)(**inputs).logits, ours(**inputs).logits)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.test_vlm import close, llava_next, paligemma, randomised
+from tests.models.parity import close, randomised
+from tests.models.test_vlm import llava_next, paligemma
 from tests.support.tiny_models import IMAGE, TEXT, build, prompt
 from vlmops.models import from_pretrained
 from vlmops.models.shards import CheckpointError

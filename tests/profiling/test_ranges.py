@@ -162,3 +162,15 @@ def test_nobody_recording_costs_below_a_microsecond() -> None:
 
     cost = min(loop(True) for _ in range(7)) - min(loop(False) for _ in range(7))
     assert cost / n < 1e-6
+
+
+def test_nobody_recording_describes_nothing(monkeypatch: Any) -> None:
+    """What an op looks at is the one global: shapes are put into words for somebody who records alone."""
+
+    def fail(args: Any) -> str:
+        raise AssertionError("described for nobody")
+
+    monkeypatch.setattr(ranges, "describe", fail)
+    ops.linear(torch.randn(2, 3), torch.randn(4, 3))
+    with pytest.raises(AssertionError, match="for nobody"), ranges.recording(nvtx=False, record=False):
+        ops.linear(torch.randn(2, 3), torch.randn(4, 3))
