@@ -106,3 +106,19 @@ def test_no_home_folder_is_said(monkeypatch):
 
     monkeypatch.setattr(probe, "cache_dir", homeless)
     assert "home" in probe.report()["cache"]["folder"]
+
+
+def test_a_cache_folder_that_vanishes_meanwhile(untouched, monkeypatch):
+    """A build in another process renames its work folder away between the listing and the look inside."""
+    (untouched / "native" / "key").mkdir(parents=True)
+    (untouched / "native" / "key" / "library.so").write_bytes(bytes(10))
+    (untouched / "native" / ".key-1").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith(".key-1"):
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert probe.report()["cache"]["bytes"] == {"native": 10}

@@ -114,11 +114,12 @@ def _cache() -> dict[str, Any]:
     except RuntimeError as err:  # no home folder
         return {"folder": f"none: {err}", "bytes": {}}
     sizes: dict[str, int] = {}
-    for path in folder.rglob("*") if folder.is_dir() else ():
-        with contextlib.suppress(OSError):  # another process may be tidying up
-            if path.is_file():
-                name = path.relative_to(folder).parts[0]
-                sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    # os.walk passes over a folder that vanishes: another process may be tidying up (Path.rglob raises there).
+    for where, _, names in os.walk(folder):
+        for path in (Path(where, name) for name in names):
+            with contextlib.suppress(OSError):
+                first = path.relative_to(folder).parts[0]
+                sizes[first] = sizes.get(first, 0) + path.stat().st_size
     return {"folder": str(folder), "bytes": sizes}
 
 
