@@ -12,6 +12,7 @@
 #include "dispatch.h"
 
 #include "bindings/epilogue.h"
+#include "bindings/few_rows.h"
 #include "bindings/norms.h"
 #include "bindings/patchify.h"
 #include "bindings/rotary.h"

@@ -144,6 +144,15 @@ def test_the_processors_choices_do_not_depend_on_a_gpu(monkeypatch):
     choice.machine_key.cache_clear()
 
 
+def test_other_kernels_are_measured_anew(tuning_cache, monkeypatch):
+    runs = []
+    monkeypatch.setattr(choice, "_measure", lambda names, *_: runs.append(1) or dict.fromkeys(names, 1.0))
+    for key in ("one build", "another", "one build"):
+        monkeypatch.setattr(choice.native, "build_key", lambda key=key: key)
+        choice.decide("op", "key", {"cpu": None, "torch": None}, ["cpu", "torch"], CPU)
+    assert len(runs) == 2
+
+
 def test_a_rehearsal_lists_keys_and_measures_nothing(tuning_cache):
     calls = []
     candidates = {"cpu": sleeper(1, calls), "torch": sleeper(4, calls)}

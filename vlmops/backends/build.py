@@ -32,6 +32,7 @@ __all__ = [
     "compiler",
     "csrc_dir",
     "intact",
+    "key_of",
     "ninja",
     "plan",
     "stamp",
@@ -279,6 +280,11 @@ def intact(folder: Path, torch_version: str | None = None, library: str = LIBRAR
         return facts["sha256"] == checksum and torch_version in (None, facts["torch"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def key_of(folder: Path) -> str:
+    """The key that ``stamp`` recorded in ``folder``."""
+    return str(json.loads((folder / STAMP).read_text())["key"])
 
 
 def build(found: Recipe, root: Path, progress: Callable[[int, int], None] | None = None) -> Path:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from vlmops.backends import native
 from vlmops.backends.cache_dir import cache_dir
 
 __all__ = ["cache_path", "decide", "forget", "machine_key", "measured", "rehearse", "tuning_enabled", "watch"]
@@ -69,7 +70,8 @@ def machine_key(device: torch.device) -> str:
     """What a choice measured on this device depends on beside its own key; no driver, no clock, no host.
 
     A GPU: its name and the versions of torch, triton and vlmops. A CPU: its name, the versions and (in ``_section``) the
-    number of threads. Two equal GPUs share their choices, two different ones in one machine do not.
+    build of the native kernels and the number of threads. Two equal GPUs share their choices, two different ones in one
+    machine do not.
     """
     from vlmops.backends.machine import cpu_model
     from vlmops.version import __version__
@@ -84,7 +86,8 @@ def _section(device: torch.device) -> str:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return machine_key(torch.device("cuda", index))
-    return f"{machine_key(torch.device('cpu'))}|threads-{torch.get_num_threads()}"
+    kernels = native.build_key()[:12] or "none"  # other kernels, other choices
+    return f"{machine_key(torch.device('cpu'))}|native-{kernels}|threads-{torch.get_num_threads()}"
 
 
 def _load() -> dict[str, dict[str, Any]]:

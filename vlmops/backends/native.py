@@ -21,7 +21,7 @@ import torch
 from vlmops.backends import build
 from vlmops.backends.cache_dir import cache_dir
 
-__all__ = ["available", "define", "isa", "lib", "load", "reason"]
+__all__ = ["available", "build_key", "define", "isa", "lib", "load", "reason"]
 
 log = logging.getLogger("vlmops")
 
@@ -29,6 +29,7 @@ _SCHEMAS = torch.library.Library("vlmops_cpu", "FRAGMENT")  # its schemas live a
 _defined: set[str] = set()
 _lock = threading.RLock()
 _state: str | None = None  # None: not tried; "": loaded; else why not
+_key = ""
 
 
 def define(schema: str) -> None:
@@ -165,10 +166,12 @@ def _load() -> None:
     if "address" in build.sanitizers() and "asan" not in os.environ.get("LD_PRELOAD", ""):
         # loading it without would end the process
         raise build.BuildError("VLMOPS_NATIVE_SANITIZE=address needs libasan in LD_PRELOAD (`make test-asan` does it)")
+    global _key
     ready = ahead_of_time()
     if ready is not None:
         try:
             torch.ops.load_library(str(ready))
+            _key = build.key_of(ready.parent)
             return
         except OSError as err:  # built on another kind of system: build for this one
             log.info("vlmops: %s does not load here (%s)", ready, err.__cause__ or err)
@@ -178,6 +181,7 @@ def _load() -> None:
         torch.ops.load_library(str(path))
     except OSError as err:  # whole, as its checksum says: building it again would give the same
         raise build.BuildError(f"{err.__cause__ or err} (delete {path.parent} to build it again)") from err
+    _key = build.key_of(path.parent)
 
 
 def available() -> bool:
@@ -193,3 +197,8 @@ def reason() -> str | None:
 def isa() -> str:
     """The instruction set in use, e.g. "avx512_bf16"; "" without the library."""
     return str(torch.ops.vlmops_cpu.isa()) if load() else ""
+
+
+def build_key() -> str:
+    """What the library in use was built from (sources, flags, compiler, torch), as a hash; "" without one."""
+    return _key if load() else ""

@@ -4,6 +4,9 @@ float32 runs in its own precision, bfloat16 too where oneDNN has it. float16 has
 bfloat16 has none on those with AVX2 only (torch falls to a fifth of float32 speed or less): such weights are packed as
 float32, which is exact, and the result is rounded once.
 
+Up to ``FEW_ROWS`` rows are a stream of the weight and nothing else: a native kernel reads the parameter itself, in order,
+and widens its elements in registers, so bfloat16 costs half of float32 on every processor and nothing is packed.
+
 oneDNN can also add or multiply by a second matrix in the product, but that is 3 to 10% slower than one more pass over
 the product (measured, 1 thread, float32 and bfloat16), so ``finish`` is that pass.
 """
@@ -19,7 +22,7 @@ from vlmops.backends import native
 from vlmops.ops._shared.activations import activate
 from vlmops.ops._shared.packing import STORE
 
-__all__ = ["chunks", "finish", "gemm", "product", "why_not_gemm", "widened"]
+__all__ = ["FEW_ROWS", "chunks", "finish", "gemm", "product", "why_not_gemm", "widened"]
 
 ROWS_HINT = 512  # one packed layout serves every row count (measured equal or better from 1 to 4096 rows)
 SMALLEST = 16  # a weight with a side under this is not worth a packed copy
@@ -31,6 +34,12 @@ FUSED = {
     "silu": ("swish", ""),
 }
 
+#: The same for few rows: name -> number (csrc/cpu/few_rows.h).
+STREAMED = {"": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+#: Rows up to which a product is a stream of the weight.
+FEW_ROWS = 8
+
+native.define("few_rows(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor(a!) out) -> ()")
 native.define(
     "epilogue(Tensor product, Tensor(a!) out, bool quick_gelu, Tensor? scale, Tensor? row_mask, Tensor? residual) -> ()"
 )
@@ -79,6 +88,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = ""
     Returns:
         [rows, N] in x's dtype.
     """
+    if x.shape[0] <= FEW_ROWS and native.available() and native.isa() != "generic":
+        out = x.new_empty(x.shape[0], weight.shape[0])
+        torch.ops.vlmops_cpu.few_rows.default(x, weight.detach().flatten(1), bias, STREAMED[activation], out)
+        return out
     packed = STORE.get(weight, "onednn", _pack)
     if packed is None:
         packed = weight.detach().flatten(1)
