@@ -86,6 +86,14 @@ def test_split_keys(case, count, monkeypatch):
     check_on_machine(cross_attention, make(**shapes), {**options, "return_lse": True}, BF16)
 
 
+def test_a_share_that_begins_in_a_hole(monkeypatch):
+    """Shares of 96, 96, 96 and 12 keys, and nobody sees 40 to 100: the second begins at 100 and ends inside a tile."""
+    force(monkeypatch, Shape(1, 32, 2), 4)
+    args = make([20], [40, 60, 200])
+    check_op(cross_attention, args, dict(media_index=index(*[0, 2] * 10), return_lse=True), backend="cuda", dtype=BF16)
+    check_op(cross_attention, args, dict(media_index=index(*[2] * 20), return_lse=True), backend="cuda", dtype=BF16)
+
+
 @pytest.mark.parametrize("block", [Shape(1, 64, 2), Shape(2, 64, 2), Shape(2, 48, 2), Shape(1, 32, 3), Shape(1, 64, 4)],
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", ["shuffled", "far apart"])

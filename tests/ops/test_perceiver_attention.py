@@ -29,6 +29,14 @@ def make(lengths, num_latents, heads=2, kv_heads=2, dim=8, latents=True, grad=Tr
     return q, k, v, *own, cu(lengths)
 
 
+def with_strided_latents(lengths, num_latents, heads=2, kv_heads=2, dim=8, grad=True):
+    """``make``, with the latents' keys and values out of one wider tensor: other strides than the context's."""
+    q, k, v, _, _, cu_context = make(lengths, num_latents, heads, kv_heads, dim, grad=grad)
+    wide = torch.randn(len(q), 3, kv_heads, dim)
+    own = [wide[:, i].detach().requires_grad_(grad) for i in (0, 2)]
+    return q, k, v, *own, cu_context
+
+
 CASES = {
     "equal": dict(lengths=[20, 20, 20], num_latents=4),
     "ragged": dict(lengths=[5, 33, 0, 17], num_latents=3),

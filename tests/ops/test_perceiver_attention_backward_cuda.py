@@ -44,6 +44,11 @@ def test_one_gradient_of_perceiver(wanted):
     check_op(perceiver_attention, args, dict(num_latents=4), backend="cuda", dtype=BF16)
 
 
+def test_latent_keys_of_other_strides():
+    args = test_perceiver_attention.with_strided_latents([40, 3], 50, dim=16)
+    check_op(perceiver_attention, args, dict(num_latents=50), backend="cuda", dtype=BF16)
+
+
 @pytest.mark.parametrize("values", [[0, 9, 4], [5, 0, 900], [-7, 3, 8]])
 def test_a_malformed_context_touches_nothing_else(values):
     q, k, v, kl, vl, _ = low(test_perceiver_attention.make([4, 4], 3, dim=16))
@@ -71,3 +76,12 @@ def test_work_of_perceiver_is_the_least(latents):
     dense = perceiver_cost(*args, 64, 0.25).flops
     assert dense * 3.5 <= seen["mma_flops"] <= 1.1 * dense * 3.5
     assert seen["shared_wavefronts"] <= 1.05 * seen["shared_wavefronts_least"]
+
+
+def test_warps_without_rows_do_nothing():
+    """16 latents are one warp's of the four in a block."""
+    args = low(test_perceiver_attention.make([96], 16, dim=16, heads=1, kv_heads=1, latents=False))
+    q = args[0]
+    with counted() as seen:
+        perceiver.backward([q, None], [q, torch.zeros(1, 16)], [*args, 16, 0.25], [True] + [False] * 4)
+    assert seen["mma_flops"] == 3 * 2 * 16 * 96 * 16  # scores, their gradient, dq

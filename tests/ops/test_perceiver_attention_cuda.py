@@ -81,6 +81,14 @@ def test_split_keys(case, count, monkeypatch):
     check_on_machine(perceiver_attention, make(**shapes), dict(num_latents=shapes["num_latents"]), BF16)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_latent_keys_of_other_strides(count, monkeypatch):
+    force(monkeypatch, Shape(1, 32, 2), count)
+    args = test_perceiver_attention.with_strided_latents([40, 3], 50, grad=False)
+    assert args[3].stride() != args[1].stride()
+    check_op(perceiver_attention, args, dict(num_latents=50), backend="cuda", dtype=BF16)
+
+
 @pytest.mark.parametrize("block", [Shape(1, 64, 2), Shape(2, 64, 2), Shape(2, 48, 2), Shape(1, 32, 3), Shape(1, 64, 4)],
                          ids=str)  # fmt: skip
 def test_every_block(block, monkeypatch):
