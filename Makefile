@@ -8,7 +8,7 @@ CSRC = $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.cuh
 # CUDA's compiler, where the machine has none: the kernels are compiled in the tests, for GPUs that need not be there
 CUDA_WHEELS = $(shell $(BIN)/python -c 'from vlmops.backends.cuda_build import WHEELS; print(*WHEELS)')
 
-.PHONY: help demo test real-weights check bench budgets tiny-model test-asan format clean
+.PHONY: help demo test real-weights check bench budgets budgets-check tiny-model test-asan format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -48,9 +48,13 @@ format: $(STAMP) ## rewrite everything to the house format
 bench: $(STAMP) ## every performance bar with its figure (quiet machine, please)
 	$(BIN)/vlmops bench
 
-budgets: $(STAMP) ## compile every Triton and CUDA kernel for GPUs that need not be there, and write down what came out
+budgets: $(STAMP) ## compile every Triton and CUDA kernel for GPUs that need not be there, count the CPU kernels' instructions, write it down
 	$(BIN)/python scripts/triton_budget.py
 	$(BIN)/python scripts/cuda_budget.py
+	$(BIN)/python scripts/cpu_budget.py
+
+budgets-check: $(STAMP) ## do all guards without clocks hold? Instructions, registers, traffic, each beside its budget
+	$(BIN)/python scripts/budgets_check.py
 
 tiny-model: $(STAMP) ## train the demo's embedded VLM again
 	$(BIN)/python scripts/train_tiny_model.py

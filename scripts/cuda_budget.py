@@ -205,6 +205,7 @@ def main() -> int:
     parser.add_argument("--print", action="store_true", dest="show", help="print rows, write nothing")
     parser.add_argument("--nvrtc", action="store_true", help="compile with NVRTC instead")
     parser.add_argument("--file", type=Path, default=FILE, help="where the budget is kept")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     options = parser.parse_args()
     if options.quick and not options.check:
@@ -220,6 +221,8 @@ def main() -> int:
         return 1 if problems else 0
     begin, version = time.monotonic(), cuda_build.toolkit().version
     kernels, counters = collect(ops, options.case, options.jobs, options.quick)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"nvcc": version, "kernels": kernels, "counters": counters}) + "\n")
     if options.show:
         print(in_lines({"kernels": kernels, "counters": counters}))
     print(f"{len(kernels)} kernels, {sum(map(len, kernels.values()))} compiled in {time.monotonic() - begin:.0f} s")

@@ -253,6 +253,7 @@ def main() -> int:
     parser.add_argument("--case", help="only cases whose label contains this (with --print)")
     parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
     parser.add_argument("--print", action="store_true", dest="show", help="print rows, write nothing")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
     import triton
@@ -271,6 +272,8 @@ def main() -> int:
             if sys.stderr.isatty():
                 print(f"\r{done}/{len(work)} {' '.join(waiting[future]):60.60}", end="", file=sys.stderr, flush=True)
     rows = dict(sorted(rows.items()))
+    if options.json is not None:
+        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}) + "\n")
     if options.show:
         for key, targets in rows.items():
             print(key)

@@ -54,6 +54,7 @@ VLMOPS_INLINE void pairs(const T* x, const float* c, const float* s, T* out, lon
 
 template <bool kInverse, class T>
 void tokens(const Rotary& a, long long first, long long last) {
+  const unsigned long rest = static_cast<unsigned long>(a.dim - a.turned) * sizeof(T);
   for (long long t = first; t < last; ++t) {
     const float *c = a.cos + t * a.turned, *s = a.sin + t * a.turned;
     for (int p = 0; p < a.num_parts; ++p) {
@@ -63,7 +64,7 @@ void tokens(const Rotary& a, long long first, long long last) {
       for (long long h = 0; h < part.heads; ++h, x += part.stride_h, out += a.dim) {
         if (a.interleaved) pairs<kInverse>(x, c, s, out, a.turned);
         else halves<kInverse>(x, c, s, out, a.turned / 2);
-        for (long long i = a.turned; i < a.dim; ++i) out[i] = x[i];
+        if (rest != 0) __builtin_memcpy(out + a.turned, x + a.turned, rest);
       }
     }
   }
