@@ -83,13 +83,13 @@ def models(
 
 def _add_lazy_commands() -> None:
     from vlmops.demo.cli import demo
-    from vlmops.profiling.cli import bench
+    from vlmops.profiling.cli import app as bench
     from vlmops.profiling.gpu_check.cli import gpu_check
     from vlmops.profiling.profile_cli import profile
     from vlmops.tune.cli import tune
 
     app.command()(demo)
-    app.command()(bench)
+    app.add_typer(bench, name="bench")
     app.command("gpu-check")(gpu_check)
     app.command()(profile)
     app.command()(tune)

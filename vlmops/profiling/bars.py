@@ -214,6 +214,8 @@ class Row:
         bar: what it has to be; None: shown only.
         higher: True if larger is better.
         low, high: bootstrap interval of the figure, where there is one.
+        numerator, denominator, scale: what the figure is made of, one value a round, mostly the seconds of ours and of the
+            peer: measured = scale * median(numerator) / median(denominator).
         ms, spread: median time of our side in ms and its interquartile range over it.
         gflops, gbytes, share_of_peak: rates by the op's own cost function, and the first one's share of G.
         ratios: speed-up over each peer of the same run.
@@ -230,6 +232,9 @@ class Row:
     higher: bool = True
     low: float | None = None
     high: float | None = None
+    numerator: tuple[float, ...] = ()
+    denominator: tuple[float, ...] = ()
+    scale: float = 1.0
     ms: float | None = None
     spread: float | None = None
     gflops: float | None = None
@@ -252,6 +257,7 @@ class Row:
     def add(self, ratio: Ratio, timing: Timing | None = None, work: Work | None = None) -> Row:
         """Fill in the figure from a ratio, and the time and rate from our timing; returns itself."""
         self.measured, self.low, self.high = ratio.value, ratio.low, ratio.high
+        self.numerator, self.denominator, self.scale = ratio.numerator, ratio.denominator, ratio.scale
         if timing is not None:
             self.ms, self.spread = timing.median * 1e3, timing.spread
             if work is not None and work.flops:

@@ -119,10 +119,14 @@ def table(rows: list[Row], title: str) -> Table:
 def as_dict(rows: list[Row], peaks: dict[str, float], settings: Settings) -> dict[str, Any]:
     """Everything as plain data."""
     from vlmops.backends import native, probe
+    from vlmops.profiling.report.facts import commit, facts
 
     machine = probe.report()
     judged = [row for row in rows if row.met is not None]
     return {
+        "kind": "vlmops bench",
+        "date": facts(torch.device("cpu"))["date"],
+        "commit": commit(),
         "machine": {
             k: machine[k]
             for k in ("cpu", "cores", "instruction_sets", "memory_gib", "torch", "transformers", "vlmops", "python")

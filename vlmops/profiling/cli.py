@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-__all__ = ["bench"]
+__all__ = ["app"]
+
+app = typer.Typer(invoke_without_command=True, add_completion=False)
 
 
 def _chosen(option: str, given: list[str] | None, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -20,7 +22,9 @@ def _chosen(option: str, given: list[str] | None, known: tuple[str, ...], defaul
     return tuple(dict.fromkeys(given)) if given else default
 
 
+@app.callback()
 def bench(
+    context: typer.Context,
     *,
     op: Annotated[
         list[str] | None,
@@ -55,8 +59,11 @@ def bench(
 ) -> None:
     """Every performance bar with its figure, against stock and plain PyTorch, interleaved in one process.
 
-    Exits with 1 if an output is wrong (and with --strict also if a bar is missed).
+    Exits with 1 if an output is wrong (and with --strict also if a bar is missed). `compare` compares two recorded runs.
     """
+    if context.invoked_subcommand is not None:
+        _only_its_own(context)
+        return
     from vlmops.profiling import bars
     from vlmops.profiling import bench as runner
     from vlmops.profiling.settings import Settings
@@ -92,4 +99,64 @@ def bench(
         console = Console(highlight=False)
         runner.show(rows, peaks, settings, console if console.is_terminal else Console(highlight=False, width=200))
     if data["wrong"] or (strict and data["missed"]):
+        raise typer.Exit(1)
+
+
+def _only_its_own(context: typer.Context) -> None:
+    """Refuse options in front of a subcommand, which would do nothing there."""
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if given:
+        options = {p.name: p.opts[0] for p in context.command.params}
+        names = ", ".join(options[name] for name in given)
+        raise typer.BadParameter(f"put it behind {context.invoked_subcommand!r}, or leave it out", param_hint=names)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="The older run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The newer run.")],
+    *,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, max=0.99, help="A change within this share does not matter.")
+    ] = 0.05,
+    repeat: Annotated[
+        bool, typer.Option("--repeatability", help="Both runs are of one commit: how far do they agree?")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help='Also write everything to this file ("-": print it alone).')
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if a row is slower, or --repeatability misses its bar.")
+    ] = False,
+) -> None:
+    """Two recorded runs against each other: regressions told from noise.
+
+    A run is the JSON of `vlmops bench --json`, the report.json of `pytest --benchmark --report`, or that of pytest-benchmark's
+    --benchmark-json. Exits with 2 if a file is none, or if the runs have no row in common.
+    """
+    from vlmops.profiling import compare_runs, run_files
+
+    notes = Console(stderr=True, highlight=False)
+    try:
+        found = compare_runs.compare(run_files.read(a), run_files.read(b), tolerance)
+    except run_files.RunFileError as err:
+        notes.print(f"vlmops bench compare: {err}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(2) from err
+    data = compare_runs.as_dict(found, repeat)
+    text = json.dumps(data, indent=1, allow_nan=False)
+    if json_file is not None and str(json_file) != "-":
+        try:
+            json_file.write_text(text + "\n")
+        except OSError as err:
+            raise typer.BadParameter(f"cannot write {json_file}: {err}", param_hint="--json") from err
+    if json_file is not None and str(json_file) == "-":
+        typer.echo(text)
+    else:
+        console = Console(highlight=False)
+        compare_runs.show(found, console if console.is_terminal else Console(highlight=False, width=200), repeat)
+    if not found.rows:
+        notes.print("vlmops bench compare: the runs have no row in common", style="red")
+        raise typer.Exit(2)
+    missed = repeat and data["repeatability"]["met"] is False
+    if strict and (found.regressed or missed):
         raise typer.Exit(1)

@@ -53,11 +53,20 @@ class Work:
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians with its 95% bootstrap interval."""
+    """A ratio of medians with its 95% bootstrap interval.
+
+    Args:
+        value, low, high: the ratio and its interval.
+        numerator, denominator: one value a round; value = scale * median(numerator) / median(denominator).
+        scale: constant factor.
+    """
 
     value: float
     low: float
     high: float
+    numerator: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    denominator: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    scale: float = field(default=1.0, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.value:.2f}x [{self.low:.2f}, {self.high:.2f}]"
@@ -127,7 +136,7 @@ def bootstrap_ratio(
     ratios.sort()
     value = statistics.median(numerator) / statistics.median(denominator)
     low, high = ratios[int(0.025 * (len(ratios) - 1))], ratios[int(0.975 * (len(ratios) - 1) + 0.5)]
-    return Ratio(scale * value, scale * low, scale * high)
+    return Ratio(scale * value, scale * low, scale * high, tuple(numerator), tuple(denominator), scale)
 
 
 @dataclass
@@ -177,6 +186,7 @@ def compare(
     threads: int | None = None,
     correct: Callable[[dict[str, Any]], Any] | None = None,
     sample_seconds: float = SAMPLE_SECONDS,
+    pause: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
     """Time candidates against each other, interleaved, after their outputs were found right.
@@ -188,6 +198,8 @@ def compare(
         threads: torch threads for all of them; None: as it is.
         correct: gets name -> output of the last warm-up run; raises or returns False where one is wrong.
         sample_seconds: a shorter call is repeated inside its timer until a sample is about this long.
+        pause: seconds of sleep before each sample: another library's idle threads spin some ms before they sleep, on the
+            cores of whoever is timed next.
         progress: called with (rounds done, rounds).
 
     Returns:
@@ -223,6 +235,7 @@ def compare(
             for done in range(rounds):
                 first = done % len(names)  # nobody always runs right after the same neighbour
                 for name in names[first:] + names[:first]:
+                    time.sleep(pause)
                     times[name].append(_time(candidates[name], calls[name]))
                 if progress is not None:
                     progress(done + 1, rounds)
