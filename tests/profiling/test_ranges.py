@@ -13,7 +13,9 @@ import vlmops
 from tests.support.tiny_models import build
 from vlmops import images, models, ops
 from vlmops.backends import ranges
+from vlmops.ops._shared.registry import OPS
 from vlmops.profiling.annotate import annotated, covered, stage_of
+from vlmops.profiling.nsight import names
 
 
 class Nvtx:
@@ -21,7 +23,11 @@ class Nvtx:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str, dict]] = []
-        self.depth = 0
+        self.open: list[str] = []
+
+    @property
+    def depth(self) -> int:
+        return len(self.open)
 
     def annotate(self, message: str, **options: Any) -> Any:
         outer = self
@@ -29,10 +35,10 @@ class Nvtx:
         class Range:
             def __enter__(self) -> None:
                 outer.seen.append((outer.depth, message, options))
-                outer.depth += 1
+                outer.open.append(message)
 
             def __exit__(self, *error: object) -> None:
-                outer.depth -= 1
+                assert outer.open.pop() == message
 
         return Range()
 
@@ -71,6 +77,62 @@ def test_gradients_are_the_same(nvtx: Nvtx) -> None:
     want = gradient()
     with ranges.recording(record=False):
         assert torch.equal(gradient(), want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_backward_has_a_range_of_its_own(nvtx: Nvtx, backend: str) -> None:
+    x, w = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    with vlmops.use_backend(backend), ranges.recording(record=False):
+        out = ops.linear(x, w).sum()
+    nvtx.seen.clear()
+    with ranges.recording(record=False):  # the backend is that of the forward, wherever the backward runs
+        out.backward()
+    ((depth, message, options),) = nvtx.seen
+    assert depth == 0 == nvtx.depth and message == f"op: linear.backward {backend} | 5x8 fp32, 3x8 fp32"
+    assert options == {"color": "blue", "domain": "vlmops", "category": "op"}
+    assert names.parse(message, "vlmops") == names.Range("op", "linear.backward", backend, "5x8 fp32, 3x8 fp32")
+    ops.linear(x, w).sum().backward()
+    assert len(nvtx.seen) == 1  # nobody records
+
+
+@pytest.mark.parametrize("op", ["norms", "rotary", "linear"])
+def test_triton_kernels_are_launched_inside_the_range_of_their_direction(nvtx: Nvtx, op: str, monkeypatch: Any) -> None:
+    pytest.importorskip("triton")
+    from vlmops.backends import triton_runtime
+
+    launched: list[tuple[str, list[str]]] = []
+    launch = triton_runtime.launch
+
+    def spy(kernel: Any, *args: Any, **options: Any) -> None:
+        launched.append((kernel.__name__, list(nvtx.open)))
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(triton_runtime, "launch", spy)
+    x = torch.randn(4, 2, 16, requires_grad=True)
+    calls = {
+        "norms": lambda: ops.rms_norm(x, torch.randn(16, requires_grad=True), eps=1e-6),
+        "rotary": lambda: ops.rotary(x, torch.randn(4, 16), torch.randn(4, 16)),
+        "linear": lambda: ops.linear(x, torch.randn(8, 16, requires_grad=True)),
+    }
+    with vlmops.use_backend("triton"), ranges.recording(record=False):
+        out = calls[op]()
+        forward = len(launched)
+        assert forward
+        out.sum().backward()
+    assert len(launched) > forward
+    for i, (kernel, stack) in enumerate(launched):
+        name = op if i < forward else f"{op}.backward"
+        assert len(stack) == 1 and stack[0].startswith(f"op: {name} triton | "), (kernel, stack)
+
+
+def test_a_failing_backward_closes_its_range(nvtx: Nvtx, monkeypatch: Any) -> None:
+    x = torch.randn(5, 8, requires_grad=True)
+    with vlmops.use_backend("torch"), ranges.recording(record=False):
+        out = ops.linear(x, torch.randn(3, 8)).sum()
+        monkeypatch.setattr(OPS["linear"], "_gradients", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            out.backward()
+    assert nvtx.seen[-1][1].startswith("op: linear.backward") and nvtx.depth == 0
 
 
 @pytest.mark.parametrize("patched", [False, True])
@@ -127,12 +189,12 @@ def test_a_failing_forward_closes_its_ranges(nvtx: Nvtx) -> None:
 
 
 def test_names_of_stages() -> None:
-    names = {
+    paths = {
         "model.visual": "vision", "model.vision_tower": "vision", "tower": "vision", "model.visual.merger": "connector",
         "connector": "connector", "model.multi_modal_projector": "connector", "model.language_model": "text", "decoder": "text",
         "decoder.blocks.0": None, "lm_head": None, "model.visual.blocks.3.attn": None,
     }  # fmt: skip
-    assert {path: stage_of(path) for path in names} == names
+    assert {path: stage_of(path) for path in paths} == paths
 
 
 def test_nvtx_must_be_there_where_it_is_asked_for(monkeypatch: Any) -> None:
@@ -171,6 +233,6 @@ def test_nobody_recording_describes_nothing(monkeypatch: Any) -> None:
         raise AssertionError("described for nobody")
 
     monkeypatch.setattr(ranges, "describe", fail)
-    ops.linear(torch.randn(2, 3), torch.randn(4, 3))
+    ops.linear(torch.randn(2, 3, requires_grad=True), torch.randn(4, 3)).sum().backward()
     with pytest.raises(AssertionError, match="for nobody"), ranges.recording(nvtx=False, record=False):
         ops.linear(torch.randn(2, 3), torch.randn(4, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from vlmops.profiling.nsight.peaks import Measured
     from vlmops.profiling.nsight.report import Report
 
 __all__ = ["profile"]
@@ -45,6 +47,22 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of tables.")] = False,
     nsys: Annotated[bool, typer.Option("--nsys", help="Record the program with Nsight Systems, then report.")] = False,
     ncu: Annotated[bool, typer.Option("--ncu", help="Record the program with Nsight Compute, then report.")] = False,
+    peaks: Annotated[
+        str | None,
+        typer.Option(
+            "--peaks",
+            help="The GPU's measured peaks, GB/s and TFLOP/s (2900,620), or gpu-check.json; ncu's own, if not given.",
+            metavar="GB/S,TFLOP/S|FILE",
+        ),
+    ] = None,
+    flops: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--flops",
+            help="FLOPs of one launch of a kernel, for the TFLOP/s of --peaks; repeatable.",
+            metavar="KERNEL=N",
+        ),
+    ] = None,
 ) -> None:
     """Where a model's time goes, stock against patched; or where a GPU's goes, from Nsight Systems and Nsight Compute.
 
@@ -53,6 +71,8 @@ def profile(
     """
     program = list(words or ())
     if len(program) == 1 and not (nsys or ncu or files):
+        if peaks is not None or flops:
+            raise typer.BadParameter("a model's roof is measured in the same run", param_hint="--peaks, --flops")
         _model(program[0], image, prompt, generate, steps, dtype, html, out or Path("profile"), as_json)
         return
     from vlmops.profiling.nsight import ProfileFileError, ToolFailedError, ToolMissingError, show
@@ -66,10 +86,13 @@ def profile(
         raise typer.BadParameter("name a model, a recording, or record with --nsys or --ncu", param_hint="MODEL")
     elif program:
         raise typer.BadParameter(f"{program[0]!r} is not recorded without --nsys or --ncu", param_hint="PROGRAM")
+    if flops and peaks is None:
+        raise typer.BadParameter("of which peak? it goes with --peaks", param_hint="--flops")
     notes = Console(stderr=True, highlight=False)
     try:
+        measured, work = _peaks(peaks, flops or [])
         folder = out or Path("profile")
-        report = _report(list(files) if files else _record(program or [], folder, nsys, ncu))
+        report = _report(list(files) if files else _record(program or [], folder, nsys, ncu), measured, work)
         paths = show.write(report, folder) if out is not None or not files else ()
     except (ProfileFileError, ToolFailedError, ToolMissingError, OSError) as err:
         notes.print(f"vlmops profile: {err}", style="red", markup=False, soft_wrap=True)
@@ -132,7 +155,22 @@ def _record(program: list[str], folder: Path, nsys: bool, ncu: bool) -> list[Pat
     return [commands.record(*build(program, folder)) for build in wanted]
 
 
-def _report(files: list[Path]) -> Report:
+def _peaks(text: str | None, flops: list[str]) -> tuple[Measured | None, dict[str, float]]:
+    """What --peaks and --flops say."""
+    from vlmops.profiling.nsight import ProfileFileError, peaks
+
+    option = "--peaks"
+    try:
+        measured = None if text is None else peaks.given(text)
+        option = "--flops"
+        return measured, peaks.flops(flops)
+    except ProfileFileError:
+        raise
+    except ValueError as err:
+        raise typer.BadParameter(str(err), param_hint=option) from err
+
+
+def _report(files: list[Path], measured: Measured | None, flops: dict[str, float]) -> Report:
     """The report of one recording, or of one of each tool."""
     from vlmops.profiling.nsight import ProfileFileError, budgets, ncu, nsys, report
 
@@ -151,6 +189,12 @@ def _report(files: list[Path]) -> Report:
         raise ProfileFileError(files[-1], "expected one recording of each tool at most")
     limits = budgets.load()
     counters = ncu.read(tables[0]) if tables else ()
+    peaks = None if measured is None else measured.peaks
+    gpus: tuple[str, ...] = ()
     if traces:
-        return report.of_trace(nsys.read(traces[0]), counters, budgets=limits)
-    return report.of_counters(counters, tables[0].name, budgets=limits)
+        trace = nsys.read(traces[0])
+        gpus = tuple(trace.gpus)
+        found = report.of_trace(trace, counters, budgets=limits, peaks=peaks, flops=flops)
+    else:
+        found = report.of_counters(counters, tables[0].name, budgets=limits, peaks=peaks, flops=flops)
+    return found if measured is None else replace(found, notes=(*found.notes, *measured.notes(gpus)))

@@ -146,10 +146,12 @@ class Op:
         grads, outs, inputs = rest[:n], rest[n : n + m], rest[n + m :]
         if backend == "auto":
             backend = self.resolve(inputs)
-        try:
-            result = self._gradients(backend, grads, outs, inputs, needs)
-        except backends.LaunchError as err:
-            result = self._gradients(self._instead(backend, err), grads, outs, inputs, needs)
+        recorder = ranges.ACTIVE
+        if recorder is None:
+            result = self._try_gradients(backend, grads, outs, inputs, needs)
+        else:
+            with recorder.range("op", f"{self.name}.backward {backend}", ranges.describe(inputs)):
+                result = self._try_gradients(backend, grads, outs, inputs, needs)
         found = tuple(
             torch.zeros_like(inputs[i], memory_format=torch.contiguous_format)
             if need and grad is None
@@ -159,6 +161,13 @@ class Op:
             for i, need, grad in zip(self.diff, needs, result, strict=True)
         )
         return found if len(found) > 1 else found[0]  # a schema of one return wants a tensor, not a tuple of one
+
+    def _try_gradients(self, backend: str, *args: Any) -> Sequence[Tensor | None]:
+        """``_gradients``, by plain PyTorch where the backend could not start."""
+        try:
+            return self._gradients(backend, *args)
+        except backends.LaunchError as err:
+            return self._gradients(self._instead(backend, err), *args)
 
     def _gradients(
         self, backend: str, grads: Sequence[Tensor | None], outs: Sequence[Tensor], inputs: Sequence[Any],

@@ -84,11 +84,11 @@ class Peaks:
 
     Args:
         bandwidth: bytes/s.
-        flops: FLOP/s.
+        flops: FLOP/s; None: unknown.
     """
 
     bandwidth: float
-    flops: float
+    flops: float | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def roofline(found: Counters, peaks: Peaks | None = None, flops: float | None = 
     compute = None if found.tensor is None else found.tensor / 100
     if peaks is not None:
         memory = None if found.dram_rate is None else found.dram_rate / peaks.bandwidth
-        if flops is not None and found.ns:
+        if flops is not None and found.ns and peaks.flops:
             compute = flops / (found.ns * 1e-9) / peaks.flops
     if memory is None and compute is None:
         return None
