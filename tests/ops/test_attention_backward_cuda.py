@@ -287,6 +287,19 @@ def test_a_window_leaves_out_what_nobody_sees():
         assert seen["mma_flops"] == tiles * products * 16 * 32 * 16
 
 
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True)])
+def test_tiles_outside_of_a_window_are_not_walked(needs):
+    """Every block inside a long sequence waits as often as the one before it."""
+    waits = []
+    for blocks in (4, 5, 6):
+        args, outs = saved([64 * blocks], 16, heads=1)
+        args[9], args[10] = 8, 8
+        with counted() as seen:
+            packed.backward([outs[0], None], outs, args, needs)
+        waits.append(seen["barriers"])
+    assert waits[2] - waits[1] == waits[1] - waits[0] > 0
+
+
 def test_short_sequences_leave_warps_idle():
     args, outs = saved([16] * 6, 16, heads=2, kv_heads=2)
     with counted() as seen:

@@ -52,6 +52,7 @@ CASES = {
     "ring and causal": (dict(lengths_q=[150], lengths_k=[400], heads=1, kv_heads=1), dict(causal=True)),
     "window that no row has": (dict(lengths_q=[4, 9], lengths_k=[90, 2]), dict(window=(0, 0))),
     "prefix far from window": (dict(lengths_q=[400], heads=1, kv_heads=1), dict(window=(9, 0), prefix_lens=prefix(3))),
+    "prefix of two tiles": (dict(lengths_q=[500], heads=1, kv_heads=1), dict(window=(9, 0), prefix_lens=prefix(200))),
     "wide window": (dict(lengths_q=[400], heads=1, kv_heads=1), dict(window=(200, 100))),
     "one key of a tile not seen": (dict(lengths_q=[128], lengths_k=[142], heads=1, kv_heads=1), dict(causal=True)),
     "one key in the last tile": (dict(lengths_q=[20], lengths_k=[129], heads=1, kv_heads=1), {}),
@@ -168,6 +169,15 @@ def test_a_gap_between_prefix_and_window_is_not_read():
         varlen_attention(q.half(), k.half(), v.half(), cu_q, window=(8, 0), prefix_lens=prefix(16))
     # of 5 blocks: the queries; the tile with the prefix, and the two a window of 128 + 8 keys takes (the first: one in all)
     assert seen["tma_copies"] == 5 + 2 * (1 + 2 + 3 * 3)
+
+
+def test_a_window_leaves_out_what_nobody_sees():
+    q, k, v, cu_q, _ = make([640], heads=1, kv_heads=1, dim=64)
+    with counted() as seen:
+        varlen_attention(q.half(), k.half(), v.half(), cu_q, window=(8, 0))
+    # of 5 blocks: the queries; the two tiles a window of 128 + 8 keys takes (the first: one), the second for one warpgroup
+    assert seen["tma_copies"] == 5 + 2 * (1 + 4 * 2)
+    assert seen["mma_flops"] == (2 + 4 * 3) * 64 * 128 * 64 * 2 * 2
 
 
 # -- when it is taken ----------------------------------------------------------------------------------------------------
