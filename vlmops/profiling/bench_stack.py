@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,7 +24,8 @@ from vlmops.profiling.workloads import OURS
 __all__ = ["preprocess_rows", "stack_rows"]
 
 STOCK, PATCHED = "stock", "patched"
-NEW = 16  # tokens decoded
+NEW = 16  # tokens decoded, behind a short prompt: a long one's prefill would drown them
+SHORT, SEVERAL = 32, 4  # tokens of that prompt; prompts at once
 
 
 def stack_rows(name: str, settings: Settings) -> Iterator[Row]:
@@ -57,31 +59,37 @@ def _vision(stack: Stack, dtype: str, settings: Settings) -> Iterator[Row]:
 
 
 def _text(stack: Stack, dtype: str, settings: Settings) -> Iterator[Row]:
-    """Prefill is an answer of one token; decode is what the 16 that follow take longer."""
+    """Prefill is an answer of one token; decode is what the 16 that follow take longer, for one prompt and for several."""
     agrees(OURS, STOCK, _oracle(stack, Stack.logits))(
         {OURS: stack.logits(stack.ours), STOCK: stack.logits(stack.stock)}
     )
-    calls: dict[str, Callable[[], Any]] = {}
-    for who, model in ((OURS, stack.ours), (STOCK, stack.stock)):
-        for n in (1, 1 + NEW):
-            calls[f"{who} {n}"] = lambda model=model, n=n: stack.answer(model, n)  # type: ignore[misc]
-    found = settings.compare(calls, None)
-    first = {who: found[f"{who} 1"] for who in (OURS, STOCK)}
+    models = {OURS: stack.ours, STOCK: stack.stock}
+    found = settings.compare({who: partial(stack.answer, model, 1) for who, model in models.items()}, None)
     row = Row(f"stack {stack.name}", f"prefill: {stack.what}", dtype, "vs stock", None, bars.STACK["prefill"][STOCK])
-    row.note = f"stock {first[STOCK].median * 1e3:.0f} ms"
-    yield row.add(found.speedup(f"{OURS} 1", f"{STOCK} 1"), first[OURS])
+    row.note = f"stock {found[STOCK].median * 1e3:.0f} ms"
+    yield row.add(found.speedup(OURS, STOCK), found[OURS])
+    for prompts, bar in ((1, bars.STACK["decode"][STOCK]), (SEVERAL, None)):
+        yield _decode(replace(stack, prompt=stack.prompt[:, :SHORT].expand(prompts, -1)), models, bar, dtype, settings)
+
+
+def _decode(stack: Stack, models: dict[str, Any], bar: float | None, dtype: str, settings: Settings) -> Row:
+    calls = {f"{who} {n}": partial(stack.answer, model, n) for who, model in models.items() for n in (1, 1 + NEW)}
+    found = settings.compare(calls, None)
     steps = {
-        who: [(b - a) / NEW for a, b in zip(first[who].seconds, found[f"{who} {1 + NEW}"].seconds, strict=True)]
-        for who in (OURS, STOCK)
-    }
-    row = Row(
-        f"stack {stack.name}", f"decode, one prompt: {stack.what}", dtype, "vs stock", None, bars.STACK["decode"][STOCK]
-    )
+        who: [
+            (b - a) / NEW
+            for a, b in zip(found[f"{who} 1"].seconds, found[f"{who} {1 + NEW}"].seconds, strict=True)
+        ]
+        for who in models
+    }  # fmt: skip
+    many = "one prompt" if len(stack.prompt) == 1 else f"{len(stack.prompt)} prompts"
+    case = f"decode, {many} of {stack.prompt.shape[1]} tokens: {len(stack.ours.decoder.blocks)} layers"
+    row = Row(f"stack {stack.name}", case, dtype, "vs stock", None, bar)
     row.add(bootstrap_ratio(steps[STOCK], steps[OURS]))
     middle = {who: sorted(s)[len(s) // 2] * 1e3 for who, s in steps.items()}
     row.ms, row.spread = middle[OURS], 0.0
     row.note = f"a token: ours {middle[OURS]:.1f} ms, stock {middle[STOCK]:.1f} ms"
-    yield row
+    return row
 
 
 def photos(count: int, height: int, width: int) -> list[Any]:

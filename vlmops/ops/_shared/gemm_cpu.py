@@ -22,7 +22,7 @@ from vlmops.backends import native
 from vlmops.ops._shared.activations import activate
 from vlmops.ops._shared.packing import STORE
 
-__all__ = ["FEW_ROWS", "chunks", "finish", "gemm", "product", "why_not_gemm", "widened"]
+__all__ = ["FEW_ROWS", "chunks", "finish", "gemm", "product", "streams", "why_not_gemm", "widened"]
 
 ROWS_HINT = 512  # one packed layout serves every row count (measured equal or better from 1 to 4096 rows)
 SMALLEST = 16  # a weight with a side under this is not worth a packed copy
@@ -76,6 +76,18 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.float() if widened(weight.dtype) else weight, ROWS_HINT)
 
 
+def streams(x: Tensor) -> bool:
+    """Whether a product of x [rows, K] is a stream of the weight: few rows, and a processor that widens in registers."""
+    return x.shape[0] <= FEW_ROWS and native.available() and native.isa() != "generic"
+
+
+def _stream(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """``product`` of few rows, in float32 or the weight's dtype. x: float32 or the weight's dtype."""
+    out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+    torch.ops.vlmops_cpu.few_rows.default(x, weight.detach().flatten(1), bias, STREAMED[activation], out)
+    return out
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "") -> Tensor:
     """act(x W^T + b) with a packed weight; no gradient.
 
@@ -88,10 +100,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = ""
     Returns:
         [rows, N] in x's dtype.
     """
-    if x.shape[0] <= FEW_ROWS and native.available() and native.isa() != "generic":
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        torch.ops.vlmops_cpu.few_rows.default(x, weight.detach().flatten(1), bias, STREAMED[activation], out)
-        return out
+    if streams(x):
+        return _stream(x, weight, bias, activation, x.dtype)
     packed = STORE.get(weight, "onednn", _pack)
     if packed is None:
         packed = weight.detach().flatten(1)
@@ -163,11 +173,17 @@ def gemm(
         [rows, N] in x's dtype.
     """
     fused, late = (activation, "") if activation in FUSED else ("", activation)
+    plain = not late and residual is None and scale is None and row_mask is None
+    if streams(x):
+        if plain:
+            return _stream(x, weight, bias, fused, x.dtype)
+        y = _stream(x, weight, bias, fused, torch.float32)
+        return finish(
+            y, y if x.dtype == torch.float32 else torch.empty_like(y, dtype=x.dtype), late, scale, row_mask, residual
+        )
     if not widened(x.dtype):
         y = product(x, weight, bias, fused)
-        if late or residual is not None or scale is not None or row_mask is not None:
-            finish(y, y, late, scale, row_mask, residual)
-        return y
+        return y if plain else finish(y, y, late, scale, row_mask, residual)
     out = x.new_empty(x.shape[0], weight.shape[0])
     for first, last in chunks(x.shape[0], HALF_ROWS):
         y = product(x[first:last].float(), weight, bias, fused)
