@@ -1,30 +1,9 @@
-"""CLIP-L/14-336's vision tower, one image, 4 layers, random weights: patched, stock, packed products alone."""
+"""CLIP-L/14-336's vision tower."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Model
 
-from functools import lru_cache
-
-import pytest
-
-import vlmops
-from vlmops.profiling import bars, towers
-from vlmops.profiling.peak import packed_sequence
-from vlmops.profiling.timing import Work, agrees
+CASES = (Model("clip_l_336", "tower", quick=True),)
 
 
-@lru_cache(maxsize=1)
-def checked(dtype):
-    """Tower and calls; the patched output compared once."""
-    tower = towers.build("clip_l_336", bars.DTYPES[dtype])
-    patched = vlmops.patch_model(towers.shared_copy(tower.module))
-    calls = {"patched": lambda: tower.run(patched), "stock": tower.run}
-    agrees("patched", "stock", towers.reference(tower))({who: call() for who, call in calls.items()})
-    calls["products alone"], products = packed_sequence(tower.products, bars.DTYPES[dtype])
-    return calls, Work(products.flops + tower.attention.flops + tower.windows.flops), products
-
-
-@pytest.mark.parametrize("who", ["patched", "stock", "products alone"])
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, dtype, who):
-    calls, work, products = checked(dtype)
-    timed("clip_l_336", dtype, calls[who], products if who == "products alone" else work)
+def test_speed(interleaved):
+    interleaved()

@@ -1,28 +1,14 @@
 """linear against F.linear, from one row to a thousand."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Case
 
-from functools import lru_cache
-
-import pytest
-
-from vlmops.profiling import bars, workloads
-
-CASES = {case.name: case for case in bars.LINEAR}
-
-
-@lru_cache(maxsize=1)
-def checked(name, dtype):
-    """A case, the outputs of its calls compared once."""
-    load = workloads.linear(CASES[name], bars.DTYPES[dtype])
-    load.correct({who: call() for who, call in load.calls.items()})
-    return load
+CASES = (
+    Case("linear", "Qwen2-VL qkv", cpu=dict(rows=1024), quick=dict(rows=256)),
+    Case("linear", "Mllama gated output", load="Mllama's gated output", cpu=dict(rows=256)),
+    Case("linear", "decoding", load="decoding, 1 x", quick={}),
+    Case("linear", "decoding 16 sequences", load="decoding, 16 x"),
+)
 
 
-@pytest.mark.parametrize("who", ["ours", "peer"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, name, dtype, who):
-    load = checked(name, dtype)
-    peer = next(other for other in load.calls if other != workloads.OURS)
-    timed(name, dtype, load.calls[workloads.OURS if who == "ours" else peer], load.work)
+def test_speed(interleaved):
+    interleaved()

@@ -1,28 +1,14 @@
-"""mlp against nn.Linear, GELU, nn.Linear."""
+"""mlp against the stock module's lines."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Case
 
-from functools import lru_cache
-
-import pytest
-
-from vlmops.profiling import bars, workloads
-
-CASES = {case.name: case for case in bars.MLP}
-
-
-@lru_cache(maxsize=1)
-def checked(name, dtype):
-    """A case, the outputs of its calls compared once."""
-    load = workloads.mlp(CASES[name], bars.DTYPES[dtype])
-    load.correct({who: call() for who, call in load.calls.items()})
-    return load
+CASES = (
+    Case("mlp", "LLaVA projector", quick=dict(rows=144)),
+    Case("mlp", "CLIP-L", cpu=dict(rows=577)),
+    Case("mlp", "Qwen2.5-VL SwiGLU", cpu=dict(rows=1024)),
+    Case("mlp", "Qwen2-VL merger", cpu=dict(rows=1024)),
+)
 
 
-@pytest.mark.parametrize("who", ["ours", "peer"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, name, dtype, who):
-    load = checked(name, dtype)
-    peer = next(other for other in load.calls if other != workloads.OURS)
-    timed(name, dtype, load.calls[workloads.OURS if who == "ours" else peer], load.work)
+def test_speed(interleaved):
+    interleaved()

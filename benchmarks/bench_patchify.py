@@ -1,28 +1,12 @@
-"""patchify against the product on a view."""
+"""patchify against rescaling, normalising and convolving."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Case
 
-from functools import lru_cache
-
-import pytest
-
-from vlmops.profiling import bars, workloads
-
-CASES = {case.name: case for case in bars.PATCHIFY}
+CASES = (
+    Case("patchify", "Qwen2-VL from bytes", load="Qwen2-VL", cpu=dict(side=448), quick=dict(side=224)),
+    Case("patchify", "CLIP-L-336 from bytes", load="CLIP-L-336", cpu=dict(images=2)),
+)
 
 
-@lru_cache(maxsize=1)
-def checked(name, dtype):
-    """A case, the outputs of its calls compared once."""
-    load = workloads.patchify(CASES[name], bars.DTYPES[dtype])
-    load.correct({who: call() for who, call in load.calls.items()})
-    return load
-
-
-@pytest.mark.parametrize("who", ["ours", "peer"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, name, dtype, who):
-    load = checked(name, dtype)
-    peer = next(other for other in load.calls if other != workloads.OURS)
-    timed(name, dtype, load.calls[workloads.OURS if who == "ours" else peer], load.work)
+def test_speed(interleaved):
+    interleaved()

@@ -1,30 +1,9 @@
-"""Pixtral's vision tower, 4 images of 1024 patches, 4 layers, random weights: patched, stock, packed products alone."""
+"""Pixtral's vision tower on four images."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Model
 
-from functools import lru_cache
-
-import pytest
-
-import vlmops
-from vlmops.profiling import bars, towers
-from vlmops.profiling.peak import packed_sequence
-from vlmops.profiling.timing import Work, agrees
+CASES = (Model("pixtral", "tower", patches=1024, quick=True),)
 
 
-@lru_cache(maxsize=1)
-def checked(dtype):
-    """Tower and calls; the patched output compared once."""
-    tower = towers.build("pixtral", bars.DTYPES[dtype])
-    patched = vlmops.patch_model(towers.shared_copy(tower.module))
-    calls = {"patched": lambda: tower.run(patched), "stock": tower.run}
-    agrees("patched", "stock", towers.reference(tower))({who: call() for who, call in calls.items()})
-    calls["products alone"], products = packed_sequence(tower.products, bars.DTYPES[dtype])
-    return calls, Work(products.flops + tower.attention.flops + tower.windows.flops), products
-
-
-@pytest.mark.parametrize("who", ["patched", "stock", "products alone"])
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, dtype, who):
-    calls, work, products = checked(dtype)
-    timed("pixtral", dtype, calls[who], products if who == "products alone" else work)
+def test_speed(interleaved):
+    interleaved()

@@ -1,30 +1,12 @@
-"""Qwen2-VL-2B's vision tower, 4096 patches, 4 layers, random weights: patched, stock, packed products alone."""
+"""Qwen2-VL-2B: the vision tower, and a model of the reference stack."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Model
 
-from functools import lru_cache
-
-import pytest
-
-import vlmops
-from vlmops.profiling import bars, towers
-from vlmops.profiling.peak import packed_sequence
-from vlmops.profiling.timing import Work, agrees
+CASES = (
+    Model("qwen2_vl", "tower", patches=1024, quick=True),
+    Model("qwen2_vl", "model", quick=True),
+)
 
 
-@lru_cache(maxsize=1)
-def checked(dtype):
-    """Tower and calls; the patched output compared once."""
-    tower = towers.build("qwen2_vl", bars.DTYPES[dtype])
-    patched = vlmops.patch_model(towers.shared_copy(tower.module))
-    calls = {"patched": lambda: tower.run(patched), "stock": tower.run}
-    agrees("patched", "stock", towers.reference(tower))({who: call() for who, call in calls.items()})
-    calls["products alone"], products = packed_sequence(tower.products, bars.DTYPES[dtype])
-    return calls, Work(products.flops + tower.attention.flops + tower.windows.flops), products
-
-
-@pytest.mark.parametrize("who", ["patched", "stock", "products alone"])
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, dtype, who):
-    calls, work, products = checked(dtype)
-    timed("qwen2_vl", dtype, calls[who], products if who == "products alone" else work)
+def test_speed(interleaved):
+    interleaved()

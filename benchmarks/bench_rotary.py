@@ -1,28 +1,9 @@
-"""rotary against the expression transformers runs."""
+"""rotary against the expression of transformers."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Case
 
-from functools import lru_cache
-
-import pytest
-
-from vlmops.profiling import bars, workloads
-
-CASES = {case.name: case for case in bars.ROTARY}
+CASES = (Case("rotary", "Qwen2-VL", cpu=dict(rows=1024), quick={}),)
 
 
-@lru_cache(maxsize=1)
-def checked(name, dtype):
-    """A case, the outputs of its calls compared once."""
-    load = workloads.rotary(CASES[name], bars.DTYPES[dtype])
-    load.correct({who: call() for who, call in load.calls.items()})
-    return load
-
-
-@pytest.mark.parametrize("who", ["ours", "peer"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, name, dtype, who):
-    load = checked(name, dtype)
-    peer = next(other for other in load.calls if other != workloads.OURS)
-    timed(name, dtype, load.calls[workloads.OURS if who == "ours" else peer], load.work)
+def test_speed(interleaved):
+    interleaved()

@@ -1,28 +1,16 @@
-"""varlen_attention against one SDPA a sequence."""
+"""varlen_attention against SDPA: a batch where all sequences are of one length, else one call a sequence."""
 
-from __future__ import annotations
+from vlmops.profiling.suite import Case
 
-from functools import lru_cache
-
-import pytest
-
-from vlmops.profiling import bars, workloads
-
-CASES = {case.name: case for case in bars.ATTENTION}
-
-
-@lru_cache(maxsize=1)
-def checked(name, dtype):
-    """A case, the outputs of its calls compared once."""
-    load = workloads.attention(CASES[name], bars.DTYPES[dtype])
-    load.correct({who: call() for who, call in load.calls.items()})
-    return load
+CASES = (
+    Case("varlen_attention", "CLIP-L-336", cpu=dict(lengths=(577,) * 2), quick=dict(lengths=(577,))),
+    Case("varlen_attention", "SigLIP-so400m", cpu=dict(lengths=(729,))),
+    Case("varlen_attention", "Qwen2-VL", load="Qwen2-VL, 4096 patches, head 80", cpu=dict(lengths=(1024,))),
+    Case("varlen_attention", "Qwen2-VL packed", load="Qwen2-VL, packed"),
+    Case("varlen_attention", "Qwen2.5-VL windows", load="Qwen2.5-VL, 64 windows", cpu=dict(lengths=(64,) * 16)),
+    Case("varlen_attention", "Qwen2-VL-2B prefill", cpu=dict(lengths=(1024,))),
+)
 
 
-@pytest.mark.parametrize("who", ["ours", "peer"])
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", bars.DTYPES)
-def test_speed(timed, name, dtype, who):
-    load = checked(name, dtype)
-    peer = next(other for other in load.calls if other != workloads.OURS)
-    timed(name, dtype, load.calls[workloads.OURS if who == "ours" else peer], load.work)
+def test_speed(interleaved):
+    interleaved()

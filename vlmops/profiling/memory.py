@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["measure"]
+__all__ = ["measure", "settle", "status"]
 
 MARK = "vlmops-memory:"
 
@@ -52,7 +52,7 @@ def measure(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found + [missing] * (len(jobs) - len(found))
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """A size of this process from /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -60,13 +60,13 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _settle() -> int:
+def settle() -> int:
     """Give free memory back, start the peak counter again, and return the resident set now."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -81,10 +81,10 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     warm = torch.randn(256, 256, dtype=torch.float32)
     torch.nn.functional.linear(warm, warm)  # thread pools and libraries are there before counting starts
     module = vlmops.patch_model(tower.module) if job["patched"] else tower.module
-    before = _settle()
+    before = settle()
     for _ in range(2):
         tower.run(module)
-    return {"growth": _status("VmHWM") - before, "packed": vlmops.packed_bytes(module)}
+    return {"growth": status("VmHWM") - before, "packed": vlmops.packed_bytes(module)}
 
 
 def _serve(jobs: Sequence[dict[str, Any]]) -> None:
