@@ -37,8 +37,10 @@ def test_the_faster_candidate_wins_and_is_remembered(tuning_cache):
     assert len(calls) == seen, "the file was not used"
 
 
-def test_plain_torch_wins_ties(tuning_cache):
-    assert choice.decide("op", "tie", {"cpu": sleeper(5), "torch": sleeper(5)}, ["cpu", "torch"], CPU) == "torch"
+@pytest.mark.parametrize(("ours", "winner"), [(5.05, "torch"), (5.0, "torch"), (4.95, "torch"), (4.85, "cpu")])
+def test_plain_torch_wins_ties(tuning_cache, monkeypatch, ours, winner):
+    monkeypatch.setattr(choice, "_measure", lambda *_: {"cpu": ours / 1e3, "torch": 5e-3})
+    assert choice.decide("op", "tie", {"cpu": None, "torch": None}, ["cpu", "torch"], CPU) == winner
 
 
 def test_measuring_is_bounded(tuning_cache):

@@ -49,7 +49,8 @@ def logits(theirs: Any, ours: VLM, inputs: dict) -> None:
     finite = want > torch.finfo(want.dtype).min
     assert torch.equal(have[mask] > torch.finfo(want.dtype).min, finite)
     assert close(have[mask][finite], want[finite])
-    assert torch.equal(last, have[:, -2:])
+    shown = have[:, -2:] > torch.finfo(have.dtype).min
+    assert last.shape == have[:, -2:].shape and close(last[shown], have[:, -2:][shown])  # fewer rows, another kernel
     assert want[finite].std() > 0.05 and not close(changed[finite], want[finite], 1e-3)
 
 

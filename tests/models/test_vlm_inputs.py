@@ -60,7 +60,7 @@ def test_padded_batches(llava: Any, side: str) -> None:
     real = mask.bool()
     assert close(have[real], want[real])
     assert not have[~real].any()
-    assert torch.equal(last, have[:, -1:])
+    assert last.shape == have[:, -1:].shape and close(last, have[:, -1:])  # fewer rows, another kernel
     labels = ids.masked_fill((ids == IMAGE) | ~real, -100)
     labels[
         torch.arange(2), real.int().argmax(1)
