@@ -2,7 +2,7 @@
 
 from vlmops.profiling.suite import Model
 
-CASES = (Model("llava", "model", small=True),)
+CASES = (Model("llava", "model"),)
 
 
 def test_speed(interleaved):

@@ -49,7 +49,7 @@ def tree(pytester, monkeypatch):
 
 
 def run(tree, *args):
-    return tree.runpytest_inprocess("--dtype=fp32", "--quick", "--benchmark", *args)
+    return tree.runpytest_inprocess("--device=cpu", "--quick", "--benchmark", *args)
 
 
 def saved(path):
@@ -242,7 +242,7 @@ def test_the_report_says_where_and_what(tree):
     )  # fmt: skip
     data = json.loads(Path("deep/out/report.json").read_text())
     assert (data["kind"], data["format"]) == ("vlmops benchmark report", 1)
-    assert data["command"] == "pytest --dtype=fp32 --quick --benchmark --report deep/out"
+    assert data["command"] == "pytest --device=cpu --quick --benchmark --report deep/out"
     assert data["machine"]["cpu"] and data["versions"]["torch"] and re.match(r"\d{4}-\d\d-\d\d", data["date"])
     assert data["settings"]["peers"] == ["torch", "compile"] and data["settings"]["rounds"] == 7
     assert all(len(row["seconds"]) == 7 for row in data["rows"])

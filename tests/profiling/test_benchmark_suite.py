@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -303,10 +304,15 @@ def test_pinning_holds_inside_and_is_undone():
     assert os.sched_getaffinity(0) == before and torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(("device", "quick", "emulated", "want"), [
-    ("cpu", True, True, ("fp32",)), ("cpu", False, True, ("fp32",)), ("cpu", True, False, ("bf16",)),
-    ("cpu", False, False, ("bf16", "fp32")), ("cuda", False, True, ("bf16",)),
-])  # fmt: skip
-def test_dtypes_that_the_machine_computes_in(device, quick, emulated, want, monkeypatch):
-    monkeypatch.setattr(chosen, "widened", lambda dtype: emulated)
-    assert chosen.default_dtypes(device, quick) == want
+def test_a_cpu_is_measured_in_what_every_peer_computes():
+    found = Chosen.of(device="cpu")
+    assert (found.dtypes, found.peers, found.models) == (("fp32",), chosen.PEERS, chosen.MODELS)
+    assert Chosen.of(device="cpu", dtype=["bf16,fp32", "bf16"]).dtypes == ("bf16", "fp32")
+    assert Chosen.of(op=["mlp"], device="cpu").models == ()
+    assert Chosen.of(quick=True, device="cpu").peers == ("torch", "compile")
+    with (
+        pytest.raises(ValueError, match="--device cuda: torch sees no GPU")
+        if not torch.cuda.is_available()
+        else contextlib.nullcontext()
+    ):
+        Chosen.of(device="cuda")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vlmops.backends import BACKENDS
-from vlmops.ops._shared.gemm_cpu import widened
 from vlmops.ops._shared.registry import OPS
 from vlmops.profiling.gpu_check.tasks import DTYPES
 from vlmops.profiling.stacks import STACKS
@@ -72,7 +71,8 @@ class Chosen:
         cls, *, op: Sequence[str] = (), model: Sequence[str] = (), dtype: Sequence[str] = (), peers: Sequence[str] = (),
         backend: str = "", device: str = "", threads: int = 0, quick: bool = False, nvtx: bool = False, timed: bool = True,
     ) -> Chosen:  # fmt: skip
-        """From what was typed; lists may hold commas. Neither op nor model: everything.
+        """From what was typed; lists may hold commas. Neither op nor model: everything. No dtype: what every peer of the
+        device computes in, fp32 on a CPU and bf16 on a GPU.
 
         Raises:
             ValueError: an unknown name, a missing GPU or package; the message names what is known.
@@ -89,20 +89,11 @@ class Chosen:
         return cls(
             ops=_names("--op", op, sorted(OPS), sorted(OPS) if everything else ()),
             models=_names("--model", model, MODELS, MODELS if everything else ()),
-            dtypes=_names("--dtype", dtype, DTYPES, default_dtypes(place, quick)),
+            dtypes=_names("--dtype", dtype, DTYPES, ("bf16" if place == "cuda" else "fp32",)),
             peers=_names("--peers", peers, PEERS, QUICK_PEERS if quick else PEERS),
             backend=_names("--backend", [backend] if backend else [], ("auto", *BACKENDS), ("auto",))[0],
             device=place, threads=threads or min(2, cores), quick=quick, nvtx=nvtx, timed=timed,
         )  # fmt: skip
-
-
-def default_dtypes(device: str, quick: bool) -> tuple[str, ...]:
-    """bf16 where there are products of it, beside fp32 on a CPU in a full run; a CPU without them is measured in fp32."""
-    if device == "cuda":
-        return ("bf16",)
-    if widened(torch.bfloat16):
-        return ("fp32",)
-    return ("bf16",) if quick else ("bf16", "fp32")
 
 
 def _names(option: str, given: Iterable[str], known: Iterable[str], default: Iterable[str]) -> tuple[str, ...]:

@@ -30,17 +30,16 @@ class Model:
 
     Args:
         name: of ``towers.TOWERS`` or ``stacks.STACKS``.
-        part: "tower": the vision tower; "model": image features, and the logits behind a prompt.
+        part: "tower": the vision tower; "model": image features, and the logits behind a prompt, of a model of one or two
+            layers (`vlmops bench --stack` has larger ones).
         layers, patches: of a tower.
-        small: a model of one or two layers in the full run too.
-        quick: also in a quick run, with one layer on few patches.
+        quick: also in a quick run, a tower with one layer on few patches.
     """
 
     name: str
     part: str
     layers: int = 2
     patches: int | None = None
-    small: bool = False
     quick: bool = False
 
     @property
@@ -65,7 +64,7 @@ class Model:
     def label(self, chosen: Chosen) -> str:
         """The part; its size is known when it is built."""
         if self.part == "model":
-            return f"image features and prompt{', small' if self.small or chosen.quick else ''}"
+            return "image features and prompt"
         layers, patches = self._size(chosen)
         return f"tower, {patches or towers.TOWERS[self.name].patches} patches, layers {layers}"
 
@@ -88,7 +87,7 @@ class Model:
     def build(self, dtype: str, chosen: Chosen) -> Setting:
         """The model, and makers of the candidates."""
         if self.part == "model":
-            return _Whole(stacks.build(self.name, DTYPES[dtype], quick=self.small or chosen.quick), chosen).setting()
+            return _Whole(stacks.build(self.name, DTYPES[dtype], quick=True), chosen).setting()
         layers, patches = self._size(chosen)
         return _Tower(
             towers.build(self.name, DTYPES[dtype], layers=layers, patches=patches), dtype, chosen, layers, patches
