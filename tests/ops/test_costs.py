@@ -77,7 +77,7 @@ def test_benchmarks_take_their_work_from_there(load, flops, numbers):
 
 
 def test_no_benchmark_has_a_formula_of_its_own():
-    """``Work`` with a product in it is written only where G and the suites' roofs, no ops, are defined, and where costs become Work."""
+    """``Work`` with a product in it is written only where roofs are defined, which are no ops, and where costs become Work."""
     folder = Path(importlib.import_module("vlmops.profiling").__file__).parent
     own = [
         path.name
